@@ -1,0 +1,326 @@
+"""AE, RAE, VAE and RVAE: fully connected autoencoders, plain and residual, ordinary and variational.
+
+The residual ones (RAE, RVAE) are sequences of stages: residual units of constant width, then a plain linear transition
+to the next width; the decoder mirrors the encoder. The plain ones (AE, VAE) are Linear -> BatchNorm -> activation with
+widths spaced linearly, the last layer of encoder and decoder bare. A VAE's loss is the reconstruction error plus the
+Kullback-Leibler divergence of its posterior from the standard normal (Kingma and Welling 2014, equation 7 and
+appendix B), a row's anomaly score its reconstruction error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rvae_fast._activations import Activation, check_activation
+from rvae_fast._architecture import plain_widths, positive_int, residual_stages
+from rvae_fast.nn import ORDERS, ResidualStack, Transition, check_rows
+from rvae_fast.ops.reconstruction_kld import reconstruction_kld
+
+LIKELIHOODS = ("squared", "absolute", "bernoulli")
+INITS = ("zero", "default")
+
+
+class Output(NamedTuple):
+    """What a model returns for rows ``[batch, in_features]``."""
+
+    #: ``[batch, in_features]``, in the input's units (for ``likelihood="bernoulli"`` probabilities).
+    reconstruction: Tensor
+    #: Mean of the posterior ``[batch, latent_features]``; None for AE and RAE.
+    mu: Tensor | None
+    #: Log variance of the posterior ``[batch, latent_features]``; None for AE and RAE.
+    logvar: Tensor | None
+    #: The code the decoder saw ``[batch, latent_features]``: a sample while training, the mean otherwise.
+    z: Tensor
+
+
+class Autoencoder(nn.Module):
+    """What the four models share; make an :class:`AE`, :class:`RAE`, :class:`VAE` or :class:`RVAE`.
+
+    Parameters
+    ----------
+    in_features : int
+        Width of a row.
+    latent_features : int, default 20
+        Width of the bottleneck ``z``.
+    n_layers : int, default 10
+        Linear layers of the encoder, as the article counts; the whole network has twice as many.
+    widths : sequence of int, optional
+        Instead of ``n_layers``: the width of each stage (residual models) or of each hidden layer (plain models). When
+        the first stage's differs from ``in_features``, a projection leads to it.
+    blocks : int or sequence of int, optional
+        Residual units of each stage; needs ``widths``. Residual models only.
+    order : {"pre", "post"}, default "pre"
+        Kind of residual unit, see :class:`rvae_fast.ResidualBlock`. The plain models have no units: there it is
+        checked and has no effect.
+    layers : int, default 2
+        Linear layers of a residual unit.
+    activation, negative_slope
+        See :class:`rvae_fast.ResidualBlock`.
+    likelihood : {"squared", "absolute", "bernoulli"}, default "squared"
+        Reconstruction error: summed squared error, summed absolute error, or binary cross-entropy of inputs in [0, 1]
+        against the decoder's output as logits.
+    dropout : float, default 0.0
+        On the branch of every residual unit. Residual models only.
+    init : {"zero", "default"}, default "zero"
+        ``"zero"`` starts every residual unit as the identity (see ``zero_init`` of :class:`rvae_fast.ResidualBlock`),
+        which trains 100 and more layers and reaches a lower loss at ten; ``"default"`` is PyTorch's.
+    eps, momentum
+        Of every BatchNorm.
+    logvar_range : (float, float), default (-20.0, 10.0)
+        The log variance is kept inside by a smooth bound, so that its exponential can neither overflow nor lose its
+        gradient. Variational models only.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what came and what was expected.
+    """
+
+    is_variational: ClassVar[bool]
+    is_residual: ClassVar[bool]
+
+    def __init__(
+        self,
+        in_features: int,
+        latent_features: int = 20,
+        *,
+        n_layers: int = 10,
+        widths: Sequence[int] | None = None,
+        blocks: int | Sequence[int] | None = None,
+        order: str = "pre",
+        layers: int = 2,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.01,
+        likelihood: str = "squared",
+        dropout: float = 0.0,
+        init: str = "zero",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        logvar_range: tuple[float, float] = (-20.0, 10.0),
+    ) -> None:
+        super().__init__()
+        self.in_features = positive_int("in_features", in_features)
+        self.latent_features = positive_int("latent_features", latent_features)
+        check_activation(activation, negative_slope)
+        for name, value, allowed in (
+            ("order", order, ORDERS),
+            ("likelihood", likelihood, LIKELIHOODS),
+            ("init", init, INITS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        low, high = logvar_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"logvar_range must be two finite numbers, the lower first, got {logvar_range!r}")
+        if not self.is_residual and blocks is not None:
+            raise ValueError(
+                f"blocks is for residual models; {type(self).__name__} has none (give widths alone), got {blocks!r}"
+            )
+        if not self.is_residual and dropout:
+            raise ValueError(
+                f"dropout is for residual models; {type(self).__name__} has no units to drop, got {dropout!r}"
+            )
+        self.likelihood = likelihood
+        self._config: dict[str, Any] = {
+            "in_features": self.in_features,
+            "latent_features": self.latent_features,
+            "n_layers": n_layers,
+            "widths": None if widths is None else list(widths),
+            "blocks": list(blocks) if isinstance(blocks, Sequence) else blocks,
+            "order": order,
+            "layers": layers,
+            "activation": activation,
+            "negative_slope": float(negative_slope),
+            "likelihood": likelihood,
+            "dropout": float(dropout),
+            "init": init,
+            "eps": float(eps),
+            "momentum": momentum,
+            "logvar_range": [float(low), float(high)],
+        }
+        code = self.latent_features * (2 if self.is_variational else 1)
+        if self.is_residual:
+            stages = residual_stages(
+                self.in_features, self.latent_features, n_layers=n_layers, layers=layers, widths=widths, blocks=blocks
+            )
+            options: dict[str, Any] = {
+                "layers": layers, "order": order, "activation": activation, "negative_slope": negative_slope,
+                "eps": eps, "momentum": momentum, "dropout": dropout, "zero_init": init == "zero",
+            }  # fmt: skip
+            self.encoder, self.decoder = _residual_net(self.in_features, self.latent_features, code, stages, options)
+        else:
+            hidden = plain_widths(self.in_features, self.latent_features, n_layers=n_layers, widths=widths)
+            self.encoder = _plain_net((*hidden[:-1], code), activation, negative_slope, eps, momentum)
+            self.decoder = _plain_net(hidden[::-1], activation, negative_slope, eps, momentum)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values: ``type(model)(**model.config())`` has the same shape."""
+        return {k: list(v) if isinstance(v, list) else v for k, v in self._config.items()}
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        code = self.encoder(x)
+        if not self.is_variational:
+            return code, None
+        # The posterior is kept in fp32 under autocast: exp(logvar) in bf16 is off by up to 1.6 % at |logvar| = 8.
+        if code.dtype in (torch.bfloat16, torch.float16):
+            code = code.float()
+        mu, logvar = code.chunk(2, dim=1)
+        low, high = self._config["logvar_range"]
+        logvar = high - F.softplus(high - logvar)
+        return mu, low + F.softplus(logvar - low)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The decoder's raw output (logits for ``bernoulli``), mu, logvar and z."""
+        check_rows("x", x, self.in_features)
+        mu, logvar = self._encode(x)
+        z = mu
+        if logvar is not None and self.training:
+            z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        return self.decoder(z), mu, logvar, z
+
+    def forward(self, x: Tensor) -> Output:
+        """Reconstruct rows.
+
+        Parameters
+        ----------
+        x : Tensor [batch, in_features]
+
+        Returns
+        -------
+        Output
+            ``reconstruction``, ``mu``, ``logvar``, ``z``. While training, the VAEs' ``z`` is sampled from torch's
+            global generator; in eval it is the mean.
+        """
+        raw, mu, logvar, z = self._forward(x)
+        reconstruction = torch.sigmoid(raw) if self.likelihood == "bernoulli" else raw
+        return Output(reconstruction, mu if self.is_variational else None, logvar, z)
+
+    def encode(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The code ``[batch, latent_features]`` of rows, or for a VAE the pair ``(mu, logvar)``."""
+        check_rows("x", x, self.in_features)
+        mu, logvar = self._encode(x)
+        return mu if logvar is None else (mu, logvar)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Rows ``[batch, in_features]``, in the input's units, of codes ``[batch, latent_features]``."""
+        check_rows("z", z, self.latent_features)
+        raw: Tensor = self.decoder(z)
+        return torch.sigmoid(raw) if self.likelihood == "bernoulli" else raw
+
+    def loss_terms(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Per-row reconstruction error and KL divergence, both summed over features: two tensors ``[batch]``.
+
+        Parameters
+        ----------
+        x : Tensor [batch, in_features]
+        target : Tensor [batch, in_features], optional
+            What to reconstruct when it is not ``x`` itself (denoising).
+        """
+        raw, mu, logvar, _ = self._forward(x)
+        variational = (mu, logvar) if self.is_variational else (None, None)
+        return reconstruction_kld(x if target is None else target, raw, *variational, likelihood=self.likelihood)
+
+    def loss(self, x: Tensor, kld_weight: float = 1.0) -> Tensor:
+        """Training loss: the mean over rows of error + ``kld_weight`` * KL (the negative ELBO up to constants).
+
+        While training, z is sampled; in eval it is the mean, so a validation loss is free of that noise.
+        """
+        error, kld = self.loss_terms(x)
+        return (error + kld_weight * kld).mean() if self.is_variational else error.mean()
+
+    @torch.no_grad()
+    def anomaly_score(self, x: Tensor, kld_weight: float = 0.0) -> Tensor:
+        """Score rows: higher is more anomalous.
+
+        The reconstruction error from the mean of z, with the BatchNorms' running statistics, plus ``kld_weight`` times
+        the KL divergence. Deterministic; the model's own training mode is left as it was.
+
+        Parameters
+        ----------
+        x : Tensor [batch, in_features]
+        kld_weight : float, default 0.0
+            1.0 gives the negative ELBO at the mean of z. The article scores by the error alone.
+
+        Returns
+        -------
+        Tensor [batch], fp32 (fp64 for an fp64 model)
+        """
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            error, kld = self.loss_terms(x)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return error + kld_weight * kld if kld_weight and self.is_variational else error
+
+
+def _plain_net(
+    widths: Sequence[int], activation: str, negative_slope: float, eps: float, momentum: float | None
+) -> nn.Sequential:
+    modules: list[nn.Module] = []
+    for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        modules.append(nn.Linear(before, after))
+        if i < len(widths) - 2:
+            modules += [nn.BatchNorm1d(after, eps, momentum), Activation(activation, negative_slope)]
+    return nn.Sequential(*modules)
+
+
+def _residual_net(
+    in_features: int, latent_features: int, code: int, stages: Any, options: dict[str, Any]
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """Encoder and decoder: (stack, transition) per stage, mirrored; a stage without units has no stack."""
+    projected = stages.widths[0] != in_features
+    encoder: list[nn.Module] = [Transition(in_features, stages.widths[0])] if projected else []
+    decoder: list[nn.Module] = [Transition(stages.widths[0], in_features)] if projected else []
+    for i, (width, blocks) in enumerate(zip(stages.widths, stages.blocks, strict=True)):
+        last = i + 1 == len(stages.widths)
+        narrower = latent_features if last else stages.widths[i + 1]
+        if blocks:
+            encoder.append(ResidualStack(width, blocks, **options))
+            decoder.insert(0, ResidualStack(width, blocks, **options))
+        encoder.append(Transition(width, code if last else narrower))
+        decoder.insert(0, Transition(narrower, width))
+    return nn.Sequential(*encoder), nn.Sequential(*decoder)
+
+
+class AE(Autoencoder):
+    """Plain autoencoder: Linear -> BatchNorm -> activation, trained on the reconstruction error. See :class:`Autoencoder`."""
+
+    is_variational, is_residual = False, False
+
+
+class RAE(Autoencoder):
+    """Residual autoencoder: stages of residual units, trained on the reconstruction error. See :class:`Autoencoder`."""
+
+    is_variational, is_residual = False, True
+
+
+class VAE(Autoencoder):
+    """Plain variational autoencoder (Kingma and Welling 2014). See :class:`Autoencoder`."""
+
+    is_variational, is_residual = True, False
+
+
+class RVAE(Autoencoder):
+    """Residual variational autoencoder, the article's. See :class:`Autoencoder`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rvae_fast import RVAE
+    >>> model = RVAE(64, latent_features=8, n_layers=7)
+    >>> model.loss(torch.rand(32, 64)).shape, model.anomaly_score(torch.rand(5, 64)).shape
+    (torch.Size([]), torch.Size([5]))
+    """
+
+    is_variational, is_residual = True, True
+
+
+MODELS: dict[str, type[Autoencoder]] = {"AE": AE, "RAE": RAE, "VAE": VAE, "RVAE": RVAE}

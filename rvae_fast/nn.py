@@ -1,0 +1,218 @@
+"""Residual blocks as modules: parameters and state; the mathematics is in :mod:`rvae_fast.reference` and the ops.
+
+The blocks hold ordinary ``nn.BatchNorm1d`` and ``nn.Linear`` submodules, so a state dict moves between them and the
+same block written by hand. The submodules are containers: a block reads their parameters and buffers and runs the
+whole unit at once, so forward hooks on them do not fire.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rvae_fast import reference
+from rvae_fast._activations import check_activation
+from rvae_fast._architecture import positive_int
+
+ORDERS = ("pre", "post")
+
+
+def check_rows(name: str, x: Any, features: int) -> None:
+    """Raise an error that names the argument unless ``x`` is a floating-point tensor ``[batch, features]``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape [batch, {features}], got {type(x).__name__}")
+    if x.dim() != 2 or x.shape[1] != features:
+        raise ValueError(f"{name} must have shape [batch, {features}], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
+
+
+def _advance(norm: nn.BatchNorm1d) -> tuple[bool, float]:
+    """Count the batch and say how a norm is to run: (by batch statistics?, weight of the batch in the averages).
+
+    The rules are ``nn.BatchNorm1d.forward``'s, each norm by its own training flag, so that freezing some norms with
+    ``norm.eval()`` works as it does there.
+    """
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return norm.training or norm.running_mean is None, momentum
+
+
+class ResidualBlock(nn.Module):
+    """A residual unit of ``layers`` linear layers of constant width, for rows ``[batch, features]``.
+
+    ``order="pre"`` is the identity unit with full pre-activation (He et al. 2016b), the article's: BatchNorm ->
+    activation -> Linear, ``layers`` times, and nothing after the addition. ``order="post"`` is the original unit
+    (He et al. 2016a): Linear -> BatchNorm -> activation, the last activation after the addition.
+
+    Parameters
+    ----------
+    features : int
+        Width of the rows, in and out.
+    layers : int, default 2
+        Linear layers the skip connection passes over (the article's K).
+    order : {"pre", "post"}, default "pre"
+    activation : {"identity", "relu", "leaky_relu", "elu", "silu", "gelu", "tanh"}, default "leaky_relu"
+    negative_slope : float, default 0.01
+        LeakyReLU's slope below zero.
+    eps, momentum, affine, track_running_stats
+        As ``nn.BatchNorm1d``: biased variance to normalise, unbiased into ``running_var``, ``momentum=None`` for a
+        cumulative average.
+    bias : bool, default True
+        Whether the linear layers have one.
+    dropout : float, default 0.0
+        Probability of zeroing an element of the branch before it is added to the input. Zero while not training.
+    zero_init : bool, default False
+        Start as the identity: the branch's last parameters (``pre``: last linear layer; ``post``: last BatchNorm's
+        weight) are zero. A net of any depth then starts as shallow as its transitions, which is what lets 100 and more
+        layers train (Goyal et al. 2017, section 5.1; Zhang et al. 2019, "Fixup"). With ``order="post"`` it needs
+        ``affine=True``.
+    device, dtype
+        Of the parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument. A single row in training mode is a ValueError, as in ``nn.BatchNorm1d``.
+
+    Notes
+    -----
+    Parameters and buffers are ``norms.{i}.*`` and ``linears.{i}.*``: the names of a block written with
+    ``nn.ModuleList`` of ``nn.BatchNorm1d`` and ``nn.Linear``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rvae_fast import ResidualBlock
+    >>> ResidualBlock(64)(torch.randn(32, 64)).shape
+    torch.Size([32, 64])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        layers: int = 2,
+        order: str = "pre",
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.01,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        bias: bool = True,
+        dropout: float = 0.0,
+        zero_init: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.features = positive_int("features", features)
+        self.layers = positive_int("layers", layers)
+        if order not in ORDERS:
+            raise ValueError(f"order must be 'pre' or 'post', got {order!r}")
+        check_activation(activation, negative_slope)
+        if not eps > 0:
+            raise ValueError(f"eps must be above 0, got {eps!r}")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be None or in [0, 1], got {momentum!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        if zero_init and order == "post" and not affine:
+            raise ValueError("zero_init with order='post' zeroes the last BatchNorm's weight: it needs affine=True")
+        self.order = order
+        self.activation = activation
+        self.negative_slope = float(negative_slope)
+        self.eps = float(eps)
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.dropout = float(dropout)
+        self.zero_init = zero_init
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(features, eps, momentum, affine, track_running_stats, **factory) for _ in range(layers)
+        )
+        self.linears = nn.ModuleList(nn.Linear(features, features, bias, **factory) for _ in range(layers))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise anew: PyTorch's defaults for each layer, then, with ``zero_init``, the identity."""
+        for module in (*self.norms, *self.linears):
+            module.reset_parameters()
+        if self.zero_init:
+            last = self.linears[-1] if self.order == "pre" else self.norms[-1]
+            nn.init.zeros_(last.weight)
+            if last.bias is not None:
+                nn.init.zeros_(last.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_rows("input", input, self.features)
+        batch_stats, momentum = zip(*(_advance(norm) for norm in self.norms), strict=True)
+        return reference.residual_unit(
+            input,
+            [linear.weight for linear in self.linears],
+            [linear.bias for linear in self.linears],
+            [norm.weight for norm in self.norms],
+            [norm.bias for norm in self.norms],
+            [norm.running_mean for norm in self.norms],
+            [norm.running_var for norm in self.norms],
+            order=self.order,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            eps=self.eps,
+            momentum=momentum,
+            batch_stats=batch_stats,
+            dropout=self.dropout if self.training else 0.0,
+        )
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"{self.features}, layers={self.layers}, order={self.order!r}, activation={self.activation!r}{slope}{dropout}"
+
+
+class ResidualStack(nn.Sequential):
+    """``blocks`` residual units of one width in a row; every keyword is :class:`ResidualBlock`'s.
+
+    State-dict keys are those of ``nn.Sequential``: ``{block}.norms.{i}.*``, ``{block}.linears.{i}.*``.
+
+    Parameters
+    ----------
+    features : int
+        Width of the rows ``[batch, features]``, in and out.
+    blocks : int
+        How many units; 0 is the identity.
+    **block_options
+        Passed to every :class:`ResidualBlock`.
+    """
+
+    def __init__(self, features: int, blocks: int, **block_options: Any) -> None:
+        self_features = positive_int("features", features)
+        super().__init__(*(ResidualBlock(features, **block_options) for _ in range(positive_int("blocks", blocks, 0))))
+        self.features = self_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_rows("input", input, self.features)
+        return super().forward(input)
+
+
+class Transition(nn.Linear):
+    """The plain linear layer between two stages: ``[batch, in_features] -> [batch, out_features]``.
+
+    An ``nn.Linear`` whose weights start with variance 1 / in_features (LeCun et al. 1998), so that a row keeps its
+    scale: nothing normalises between the transitions of a network whose units start as the identity, and
+    ``nn.Linear``'s own start (a third of that variance) would shrink it by 1.7 at each.
+    """
+
+    def reset_parameters(self) -> None:
+        bound = math.sqrt(3.0 / self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
