@@ -26,11 +26,8 @@ def check_activation(activation: str, negative_slope: float) -> None:
     """Raise an error that names ``activation`` or ``negative_slope`` when it is not a usable value."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if (
-        isinstance(negative_slope, bool)
-        or not isinstance(negative_slope, (int, float))
-        or not math.isfinite(negative_slope)
-    ):
+    is_number = isinstance(negative_slope, (int, float)) and not isinstance(negative_slope, bool)
+    if not is_number or not math.isfinite(negative_slope):
         raise ValueError(f"negative_slope must be a finite number, got {negative_slope!r}")
 
 

@@ -93,7 +93,7 @@ def residual_stages(
             stage_blocks = _positive_ints("blocks", blocks, 0)
         if len(stage_blocks) != len(stage_widths):
             raise ValueError(
-                f"blocks has {len(stage_blocks)} entries but widths has {len(stage_widths)}: one per stage expected"
+                f"blocks has {len(stage_blocks)} entries but widths {len(stage_widths)}: expected one per stage"
             )
         return Stages(stage_widths, stage_blocks)
     if blocks is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -37,6 +38,11 @@ class Output(NamedTuple):
     logvar: Tensor | None
     #: The code the decoder saw ``[batch, latent_features]``: a sample while training, the mean otherwise.
     z: Tensor
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 class Autoencoder(nn.Module):
@@ -108,24 +114,18 @@ class Autoencoder(nn.Module):
         self.in_features = positive_int("in_features", in_features)
         self.latent_features = positive_int("latent_features", latent_features)
         check_activation(activation, negative_slope)
-        for name, value, allowed in (
-            ("order", order, ORDERS),
-            ("likelihood", likelihood, LIKELIHOODS),
-            ("init", init, INITS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        _one_of("order", order, ORDERS)
+        _one_of("likelihood", likelihood, LIKELIHOODS)
+        _one_of("init", init, INITS)
         low, high = logvar_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"logvar_range must be two finite numbers, the lower first, got {logvar_range!r}")
         if not self.is_residual and blocks is not None:
             raise ValueError(
-                f"blocks is for residual models; {type(self).__name__} has none (give widths alone), got {blocks!r}"
+                f"blocks is for residual models, {type(self).__name__} has none: expected None, got {blocks!r}"
             )
         if not self.is_residual and dropout:
-            raise ValueError(
-                f"dropout is for residual models; {type(self).__name__} has no units to drop, got {dropout!r}"
-            )
+            raise ValueError(f"dropout is for residual models: {type(self).__name__} expects 0.0, got {dropout!r}")
         self.likelihood = likelihood
         self._config: dict[str, Any] = {
             "in_features": self.in_features,
@@ -265,7 +265,7 @@ def _plain_net(
     widths: Sequence[int], activation: str, negative_slope: float, eps: float, momentum: float | None
 ) -> nn.Sequential:
     modules: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (before, after) in enumerate(pairwise(widths)):
         modules.append(nn.Linear(before, after))
         if i < len(widths) - 2:
             modules += [nn.BatchNorm1d(after, eps, momentum), Activation(activation, negative_slope)]
@@ -291,7 +291,7 @@ def _residual_net(
 
 
 class AE(Autoencoder):
-    """Plain autoencoder: Linear -> BatchNorm -> activation, trained on the reconstruction error. See :class:`Autoencoder`."""
+    """Plain autoencoder, trained on the reconstruction error alone. See :class:`Autoencoder`."""
 
     is_variational, is_residual = False, False
 

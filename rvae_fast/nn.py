@@ -173,9 +173,12 @@ class ResidualBlock(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        dropout = f", dropout={self.dropout}" if self.dropout else ""
-        return f"{self.features}, layers={self.layers}, order={self.order!r}, activation={self.activation!r}{slope}{dropout}"
+        parts = [f"{self.features}, layers={self.layers}, order={self.order!r}, activation={self.activation!r}"]
+        if self.activation == "leaky_relu":
+            parts.append(f"negative_slope={self.negative_slope}")
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
+        return ", ".join(parts)
 
 
 class ResidualStack(nn.Sequential):

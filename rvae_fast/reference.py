@@ -1,16 +1,139 @@
-"""The mathematics of every op in plain PyTorch: the oracle of the tests and the path that always works.
+"""The project's mathematics in plain PyTorch: the oracle of every test, and the path taken where no kernel applies.
 
-Nothing here is fast on purpose; what is, must agree with it.
+Nothing here is tuned.  Each function states its equations, differentiates under autograd to any order, and runs wherever PyTorch
+does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from rvae_fast._activations import activate
+
+LIKELIHOODS = ("squared", "absolute", "bernoulli")
+REDUCTIONS = ("sum", "mean")
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Dtype in which sums over these tensors are kept: fp64 if any of them is fp64, else fp32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+# --- reconstruction error and KL divergence -------------------------------------------------------------------------------------
+
+
+def reconstruction_kld(
+    x: Tensor,
+    x_hat: Tensor,
+    mu: Tensor | None = None,
+    logvar: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+    likelihood: str = "squared",
+    reduction: str = "sum",
+) -> tuple[Tensor, Tensor]:
+    r"""Per-sample reconstruction error and per-sample KL divergence to the standard normal.
+
+    .. math::
+        \mathrm{error}_b = s \sum_f w_f\, \ell(x_{bf}, \hat x_{bf}), \qquad
+        \mathrm{kld}_b = \tfrac12 \sum_l \left(\mu_{bl}^2 + e^{v_{bl}} - 1 - v_{bl}\right)
+
+    with :math:`\ell` the squared difference, the absolute difference, or the cross-entropy of a Bernoulli variable with logit
+    :math:`\hat x`; :math:`s` is 1 for a sum and 1/features for a mean; :math:`v` is ``logvar``.  The KL term is equation 10 of
+    Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), with the opposite sign.
+
+    Arguments and results are those of :func:`rvae_fast.reconstruction_kld`, which checks them.
+    """
+    dtype = accumulation_dtype(x, x_hat, mu, logvar, feature_weight)
+    x, x_hat = x.to(dtype), x_hat.to(dtype)
+    terms = _error_terms(x, x_hat, likelihood)
+    if feature_weight is not None:
+        terms = terms * feature_weight.to(dtype)
+    error = terms.sum(1)
+    if reduction == "mean":
+        error = error / x.shape[1]
+    if mu is None or logvar is None:
+        return error, torch.zeros_like(error.detach())
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    return error, 0.5 * (mu.square() + logvar.exp() - 1.0 - logvar).sum(1)
+
+
+def reconstruction_kld_backward(
+    grad_error: Tensor | None,
+    grad_kld: Tensor | None,
+    x: Tensor,
+    x_hat: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    feature_weight: Tensor | None,
+    likelihood: str,
+    reduction: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of :func:`reconstruction_kld`, written out.
+
+    Parameters
+    ----------
+    grad_error, grad_kld : Tensor [batch] or None
+        Gradients of the two results; None where a result was not used, and then nothing that depends on it may be in ``needs``.
+    needs : sequence of 5 bool
+        Which gradients to return, in the order x, x_hat, mu, logvar, feature_weight.
+
+    Returns
+    -------
+    list of Tensor
+        The gradients asked for, in that order, each in the shape and dtype of its input.
+    """
+    dtype = accumulation_dtype(x, x_hat, mu, logvar, feature_weight)
+    grads: list[Tensor] = []
+    if grad_error is not None:
+        wide_x, wide_x_hat = x.to(dtype), x_hat.to(dtype)
+        row = grad_error.to(dtype).unsqueeze(1)
+        if reduction == "mean":
+            row = row / x.shape[1]
+        weighted = row if feature_weight is None else row * feature_weight.to(dtype)
+        if needs[0]:
+            grads.append((weighted * _error_slope_x(wide_x, wide_x_hat, likelihood)).to(x.dtype))
+        if needs[1]:
+            grads.append((weighted * _error_slope_x_hat(wide_x, wide_x_hat, likelihood)).to(x_hat.dtype))
+    if grad_kld is not None:
+        row = grad_kld.to(dtype).unsqueeze(1)
+        if mu is not None and needs[2]:
+            grads.append((row * mu.to(dtype)).to(mu.dtype))
+        if logvar is not None and needs[3]:
+            grads.append((row * (0.5 * torch.expm1(logvar.to(dtype)))).to(logvar.dtype))
+    if grad_error is not None and feature_weight is not None and needs[4]:
+        row = grad_error.to(dtype).unsqueeze(1)
+        if reduction == "mean":
+            row = row / x.shape[1]
+        grads.append((row * _error_terms(x.to(dtype), x_hat.to(dtype), likelihood)).sum(0).to(feature_weight.dtype))
+    return grads
+
+
+def _error_terms(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
+    if likelihood == "squared":
+        return (x_hat - x).square()
+    if likelihood == "absolute":
+        return (x_hat - x).abs()
+    return functional.binary_cross_entropy_with_logits(x_hat, x, reduction="none")
+
+
+def _error_slope_x_hat(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
+    if likelihood == "squared":
+        return 2.0 * (x_hat - x)
+    if likelihood == "absolute":
+        return torch.sign(x_hat - x)
+    return torch.sigmoid(x_hat) - x
+
+
+def _error_slope_x(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
+    return -x_hat if likelihood == "bernoulli" else -_error_slope_x_hat(x, x_hat, likelihood)
+
+
+# --- residual units ---
 
 
 def residual_unit(
@@ -33,7 +156,8 @@ def residual_unit(
     """One residual unit of ``K = len(weight)`` layers, in plain PyTorch.
 
     ``order="pre"`` (He et al. 2016b): ``x + F(x)``, F = (BatchNorm -> activation -> Linear) K times.
-    ``order="post"`` (He et al. 2016a): ``activation(x + F(x))``, F = Linear -> BatchNorm, with the activation between layers.
+    ``order="post"`` (He et al. 2016a): ``activation(x + F(x))``, F = Linear -> BatchNorm,
+    with the activation between layers.
 
     Parameters
     ----------
@@ -55,7 +179,7 @@ def residual_unit(
     """
 
     def norm(h: Tensor, i: int) -> Tensor:
-        return F.batch_norm(
+        return functional.batch_norm(
             h, running_mean[i], running_var[i], norm_weight[i], norm_bias[i], batch_stats[i], momentum[i], eps
         )
 
@@ -63,12 +187,12 @@ def residual_unit(
     last = len(weight) - 1
     for i in range(len(weight)):
         if order == "pre":
-            h = F.linear(activate(norm(h, i), activation, negative_slope), weight[i], bias[i])
+            h = functional.linear(activate(norm(h, i), activation, negative_slope), weight[i], bias[i])
         else:
-            h = norm(F.linear(h, weight[i], bias[i]), i)
+            h = norm(functional.linear(h, weight[i], bias[i]), i)
             if i < last:
                 h = activate(h, activation, negative_slope)
     if dropout > 0:
-        h = F.dropout(h, dropout, training=True)
+        h = functional.dropout(h, dropout, training=True)
     h = x + h
     return h if order == "pre" else activate(h, activation, negative_slope)
