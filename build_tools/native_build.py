@@ -1,0 +1,395 @@
+"""Build of the native module `rvae_fast._C`: find what is needed, run CMake, record the outcome.
+
+`setup.py` calls `build`. Whatever happens, a small JSON record (`_C_build.json`) is left where the module goes: what it was built
+for, or why it was not built. The loader (`rvae_fast/_native.py`) reads it, so that the reason survives an installer
+that hides the output of builds.
+
+Environment variables:
+
+``RVAE_FAST_NATIVE``
+    ``auto`` (default): build where the tools for it exist, else say so and go on with the reference path. A failed compilation
+    is reported loudly, here and at the first use. ``1``: anything but a working module is an error. ``0``: do not build.
+``RVAE_FAST_TORCH``
+    The torch package directory to compile against, if not that of the running interpreter.
+``RVAE_FAST_CUDA``
+    ``auto`` (default), ``1`` (require) or ``0``: the CUDA half, built where nvcc's major version is torch's.
+``RVAE_FAST_CUDA_ARCHITECTURES``, ``RVAE_FAST_SANITIZE``, ``MAX_JOBS``
+    CMake's list of GPU architectures; ``address,undefined`` for an instrumented module; the number of parallel compilations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RECORD_NAME = "_C_build.json"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Unavailable(Exception):
+    """A tool that the build needs is not on this machine; the message says which and how to get it."""
+
+
+class BuildFailed(Exception):
+    """The tools are there and the build went wrong; the message carries the end of their output."""
+
+
+def requested() -> str:
+    """The value of RVAE_FAST_NATIVE: "auto", "0" or "1"."""
+    value = os.environ.get("RVAE_FAST_NATIVE", "auto").strip().lower() or "auto"
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"RVAE_FAST_NATIVE is {value!r}; expected auto, 0 (do not build) or 1 (require)")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------------ torch
+
+
+@dataclass(frozen=True)
+class Torch:
+    """Facts about an installed torch, read from its files: importing it would cost seconds, and fails in a build sandbox."""
+
+    path: Path
+    version: str
+    cuda: str | None
+    cxx_standard: int
+    cxx11_abi: int
+
+
+def _torch_directory() -> Path | None:
+    named = os.environ.get("RVAE_FAST_TORCH")
+    if named:
+        path = Path(named).expanduser().resolve()
+        if not (path / "version.py").is_file():
+            raise SystemExit(f"RVAE_FAST_TORCH is {named!r}, which is not a torch package directory (no version.py there)")
+        return path
+    # The environment that is being installed into: the running interpreter without the build sandbox's PYTHONPATH. A child
+    # process resolves .pth files, system site-packages and the user site as a user's own session would.
+    probe = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+    with tempfile.TemporaryDirectory() as empty:
+        found = subprocess.run([sys.executable, "-E", "-c", probe], cwd=empty, capture_output=True, text=True, check=False)
+    origin = found.stdout.strip()
+    if not origin:  # the sandbox itself (torch as a build requirement), or an environment without site-packages
+        spec = importlib.util.find_spec("torch")
+        origin = spec.origin if spec and spec.origin else str(Path(sysconfig.get_paths()["purelib"]) / "torch" / "__init__.py")
+    path = Path(origin).parent
+    return path if (path / "version.py").is_file() and (path / "include" / "ATen").is_dir() else None
+
+
+def find_torch() -> Torch | None:
+    """The torch to compile against, or None if the environment has none (or one without headers)."""
+    path = _torch_directory()
+    if path is None:
+        return None
+    facts = (path / "version.py").read_text()
+    version = re.search(r"^__version__\s*(?::[^=]*)?=\s*['\"]([^'\"]+)", facts, re.M)
+    if version is None:
+        return None
+    cuda = re.search(r"^cuda\s*(?::[^=]*)?=\s*['\"]([^'\"]+)", facts, re.M)
+    # What torch compiles its own extensions with is what its headers are tested with.
+    extension = path / "utils" / "cpp_extension.py"
+    standards = re.findall(r"-std=c\+\+(\d\d)\b", extension.read_text()) if extension.is_file() else []
+    config = path / "share" / "cmake" / "Torch" / "TorchConfig.cmake"
+    abi = re.search(r"_GLIBCXX_USE_CXX11_ABI=([01])", config.read_text()) if config.is_file() else None
+    return Torch(
+        path=path,
+        version=version.group(1),
+        cuda=cuda.group(1) if cuda else None,
+        cxx_standard=max((int(s) for s in standards), default=17),
+        cxx11_abi=int(abi.group(1)) if abi else 1,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- compilers
+
+
+def find_compiler(standard: int = 17) -> str | None:
+    """The C++ compiler command ($CXX, else c++, g++, clang++) if it compiles and links a C++`standard` program."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        command = candidate.split()
+        if not command or shutil.which(command[0]) is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("#include <string>\n#include <vector>\nint main() { return (int)std::vector<std::string>().size(); }\n")
+            run = subprocess.run(
+                [*command, f"-std=c++{standard}", str(source), "-o", str(source.with_suffix(""))], capture_output=True, check=False
+            )
+            # /bin/false and friends "exist"; only an executable that came out is a compiler.
+            if run.returncode == 0 and source.with_suffix("").is_file():
+                return candidate
+    return None
+
+
+def _python_package_tool(name: str) -> str | None:
+    """`cmake` or `ninja` from the environment's scripts folder or its Python package, else from PATH.
+
+    The PyPI packages put a working binary inside the package; under build isolation the script in the sandbox's bin
+    folder is a Python shim, which breaks once the sandbox is gone, and CMake caches its path. The real binary is preferred."""
+    package = {"cmake": ("cmake", "CMAKE_BIN_DIR"), "ninja": ("ninja", "BIN_DIR")}[name]
+    with contextlib.suppress(Exception):
+        module = importlib.import_module(package[0])
+        binary = Path(getattr(module, package[1])) / name
+        if binary.is_file():
+            return str(binary)
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.is_file() else shutil.which(name)
+
+
+def _pybind11_include(torch: Torch) -> Path:
+    """pybind11's headers: the package's if installed, else the copy that torch carries."""
+    with contextlib.suppress(ImportError):
+        import pybind11
+
+        return Path(pybind11.get_include())
+    if (torch.path / "include" / "pybind11" / "pybind11.h").is_file():
+        return torch.path / "include"
+    raise Unavailable("pybind11's headers were not found: pip install pybind11")
+
+
+def _nvcc_version(nvcc: str) -> str | None:
+    out = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", out)
+    return release.group(1) if release else None
+
+
+def find_cuda(torch: Torch, root: Path = ROOT) -> tuple[str | None, str]:
+    """(path of nvcc, "") if the CUDA half can be built, else (None, the reason)."""
+    wanted = os.environ.get("RVAE_FAST_CUDA", "auto").strip().lower() or "auto"
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"RVAE_FAST_CUDA is {wanted!r}; expected auto, 0 (do not build) or 1 (require)")
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    if nvcc is None and os.environ.get("CUDA_HOME"):
+        nvcc = shutil.which(str(Path(os.environ["CUDA_HOME"], "bin", "nvcc")))
+    reason = ""
+    if wanted == "0":
+        return None, "switched off by RVAE_FAST_CUDA=0"
+    if torch.cuda is None:
+        reason = f"torch {torch.version} is a CPU build"
+    elif nvcc is None:
+        reason = "nvcc was not found on PATH or in CUDA_HOME"
+    elif not any((root / "csrc" / "cuda").glob("*.cu")):
+        reason = "there is no CUDA source in this version"
+    else:
+        version = _nvcc_version(nvcc)
+        if version is None or version.split(".")[0] != torch.cuda.split(".")[0]:
+            reason = f"nvcc is of CUDA {version}, torch of CUDA {torch.cuda}: the major versions must agree"
+    if reason and wanted == "1":
+        raise BuildFailed(f"RVAE_FAST_CUDA=1, but {reason}")
+    return (None, reason) if reason else (nvcc, "")
+
+
+# ------------------------------------------------------------------------------------------------------------------- limits
+
+
+def _available_memory() -> int:
+    """Bytes of memory that compilations may take: what is free, or what a container's limit leaves."""
+    free = 4 << 30
+    with contextlib.suppress(OSError, AttributeError):
+        meminfo = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        if meminfo:
+            free = int(meminfo.group(1)) << 10
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
+    return free
+
+
+def parallel_jobs() -> int:
+    """Compilations at once: MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL if set, else the cores, at 2 GiB of free memory each."""
+    for variable in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
+        value = os.environ.get(variable, "")
+        if value.isdigit() and int(value) > 0:
+            return int(value)
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        cores = os.cpu_count() or 1
+    return max(1, min(cores, _available_memory() // (2 << 30)))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One build at a time in a build folder that outlives the build."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as handle:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+# -------------------------------------------------------------------------------------------------------------------- build
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a build needs, found; `cuda_reason` says why `nvcc` is None."""
+
+    torch: Torch
+    compiler: str
+    cmake: str
+    ninja: str
+    pybind11_include: Path
+    nvcc: str | None
+    cuda_reason: str
+
+
+def plan(root: Path = ROOT) -> Plan:
+    """Find the tools, or raise `Unavailable` with a message for a user."""
+    torch = find_torch()
+    if torch is None:
+        raise Unavailable(
+            "PyTorch (with its headers) is not installed in this environment: install torch first, then install rvae-fast again"
+        )
+    compiler = find_compiler(torch.cxx_standard)
+    if compiler is None:
+        named = f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++, clang++"
+        raise Unavailable(
+            f"no working C++ compiler was found ({named}) that knows C++{torch.cxx_standard}, which the headers of torch "
+            f"{torch.version} need: install one (Debian, Ubuntu: apt install g++)"
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        raise Unavailable(f"Python's own headers are missing ({header.name}): install them (Debian, Ubuntu: apt install python3-dev)")
+    cmake, ninja = _python_package_tool("cmake"), _python_package_tool("ninja")
+    missing = [name for name, path in (("cmake", cmake), ("ninja", ninja)) if path is None]
+    if cmake is None or ninja is None:
+        raise Unavailable(f"{' and '.join(missing)} not found: pip install {' '.join(missing)}")
+    pybind11_include = _pybind11_include(torch)
+    nvcc, cuda_reason = find_cuda(torch, root)
+    return Plan(torch, compiler, cmake, ninja, pybind11_include, nvcc, cuda_reason)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    print("+", " ".join(command), flush=True)
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(run.stdout, flush=True)
+    if run.returncode != 0:
+        raise BuildFailed(f"`{Path(command[0]).name}` failed with status {run.returncode}\n{run.stdout[-6000:]}")
+
+
+def _compile(found: Plan, build_folder: Path, module: Path, root: Path) -> dict[str, Any]:
+    """Configure, compile, put the module at `module`; return the facts that CMake wrote down."""
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_MAKE_PROGRAM": found.ninja,
+        "Python_EXECUTABLE": sys.executable,
+        "RVAE_TORCH_DIR": str(found.torch.path),
+        "RVAE_TORCH_VERSION": found.torch.version,
+        "RVAE_TORCH_CUDA": found.torch.cuda or "",
+        "RVAE_CXX_STANDARD": str(found.torch.cxx_standard),
+        "RVAE_CXX11_ABI": str(found.torch.cxx11_abi),
+        "RVAE_PYBIND11_INCLUDE": str(found.pybind11_include),
+        "RVAE_MODULE_SUFFIX": module.name[module.name.index(".") :],
+        "RVAE_SANITIZE": os.environ.get("RVAE_FAST_SANITIZE", ""),
+        "RVAE_CUDA": "ON" if found.nvcc else "OFF",
+    }
+    if found.nvcc:
+        options["CMAKE_CUDA_COMPILER"] = found.nvcc
+        if os.environ.get("RVAE_FAST_CUDA_ARCHITECTURES"):
+            options["RVAE_CUDA_ARCHITECTURES"] = os.environ["RVAE_FAST_CUDA_ARCHITECTURES"]
+    configure = [found.cmake, "-S", str(root), "-B", str(build_folder), "-G", "Ninja"]
+    configure += [f"-D{name}={value}" for name, value in options.items()]
+    environment = {**os.environ, "CXX": found.compiler}
+    with _locked(build_folder):
+        # CMake refuses to change a compiler or generator program in place; object files stay, so this costs little.
+        key = json.dumps([found.compiler, found.cmake, found.ninja, found.nvcc, sys.executable, str(root)])
+        stamp = build_folder / ".key"
+        if not stamp.is_file() or stamp.read_text() != key:
+            (build_folder / "CMakeCache.txt").unlink(missing_ok=True)
+            shutil.rmtree(build_folder / "CMakeFiles" / "rules", ignore_errors=True)
+        _run(configure, environment)
+        stamp.write_text(key)
+        _run([found.cmake, "--build", str(build_folder), "--parallel", str(parallel_jobs())], environment)
+        module.parent.mkdir(parents=True, exist_ok=True)
+        temporary = module.with_name(module.name + ".new")
+        shutil.copy2(build_folder / module.name, temporary)
+        os.replace(temporary, module)  # a process that has the old module mapped keeps the old file
+        return json.loads((build_folder / "build_facts.json").read_text())
+
+
+def _banner(title: str, body: str) -> None:
+    line = "=" * 100
+    indented = textwrap.indent(body, "  ")
+    print(f"\n{line}\nrvae-fast: {title}\n{indented}\n{line}\n", file=sys.stderr, flush=True)
+
+
+def build(module: Path, *, version: str, root: Path = ROOT, build_folder: Path | None = None) -> bool:
+    """Build the native module as `module` and write the record beside it; return whether there is a module.
+
+    Parameters
+    ----------
+    module : Path
+        Where the extension goes, with the interpreter's suffix (``.../rvae_fast/_C.cpython-311-x86_64-linux-gnu.so``).
+    version : str
+        The version of rvae-fast, for the record.
+    root : Path
+        The source tree (holds CMakeLists.txt).
+    build_folder : Path, optional
+        Kept between builds so that the second is quick. Default: ``build/native-<interpreter>`` in the source tree.
+
+    Raises
+    ------
+    SystemExit
+        If ``RVAE_FAST_NATIVE=1`` and the module cannot be built.
+    """
+    mode = requested()
+    record: dict[str, Any] = {
+        "rvae_fast": version,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "machine": f"{platform.system()} {platform.machine()}",
+        "built": False,
+    }
+    try:
+        if mode == "0":
+            raise Unavailable("switched off by RVAE_FAST_NATIVE=0")
+        found = plan(root)
+        record.update(
+            torch=found.torch.version, torch_cuda=found.torch.cuda, cxx11_abi=found.torch.cxx11_abi, compiler=found.compiler
+        )
+        sanitized = "-sanitize" if os.environ.get("RVAE_FAST_SANITIZE") else ""
+        folder = build_folder or root / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}{sanitized}"
+        facts = _compile(found, folder, module, root)
+        record.update(facts, built=True, cuda_reason=found.cuda_reason or None)
+    except Unavailable as problem:
+        record["reason"] = str(problem)
+        if mode == "1":
+            raise SystemExit(f"rvae-fast: RVAE_FAST_NATIVE=1, but the native module cannot be built: {problem}") from None
+        _banner(
+            "the native module is not built; everything works, on the slower reference path.", f"Reason: {problem}"
+        )
+    except (BuildFailed, OSError) as problem:
+        record["reason"] = f"its compilation failed: {problem}"
+        record["failed"] = True
+        if mode == "1":
+            raise SystemExit(f"rvae-fast: the native module failed to build: {problem}") from None
+        _banner(
+            "THE NATIVE MODULE FAILED TO BUILD; everything works, on the slower reference path.",
+            f"{problem}\nThe first import will repeat this as a warning. Install with RVAE_FAST_NATIVE=0 to do without it,\n"
+            "or with RVAE_FAST_NATIVE=1 to make this an error.",
+        )
+    if not record["built"]:
+        module.unlink(missing_ok=True)  # never leave the module of an earlier build beside the record of this one
+    module.parent.mkdir(parents=True, exist_ok=True)
+    (module.parent / RECORD_NAME).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return bool(record["built"])
