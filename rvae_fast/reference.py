@@ -1,7 +1,6 @@
-"""The project's mathematics in plain PyTorch: the oracle of every test, and the path taken where no kernel applies.
+"""The mathematics of every op in plain PyTorch: the oracle of the tests and the path that always works.
 
-Nothing here is tuned.  Each function states its equations, differentiates under autograd to any order, and runs wherever PyTorch
-does.
+Nothing here is fast on purpose; what is, must agree with it. Everything differentiates under autograd, to any order.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import functional as F
 
 from rvae_fast._activations import activate
 
@@ -23,7 +22,7 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-# --- reconstruction error and KL divergence -------------------------------------------------------------------------------------
+# --- reconstruction error and KL divergence ---
 
 
 def reconstruction_kld(
@@ -41,9 +40,9 @@ def reconstruction_kld(
         \mathrm{error}_b = s \sum_f w_f\, \ell(x_{bf}, \hat x_{bf}), \qquad
         \mathrm{kld}_b = \tfrac12 \sum_l \left(\mu_{bl}^2 + e^{v_{bl}} - 1 - v_{bl}\right)
 
-    with :math:`\ell` the squared difference, the absolute difference, or the cross-entropy of a Bernoulli variable with logit
-    :math:`\hat x`; :math:`s` is 1 for a sum and 1/features for a mean; :math:`v` is ``logvar``.  The KL term is equation 10 of
-    Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), with the opposite sign.
+    with :math:`\ell` the squared difference, the absolute difference, or the cross-entropy of a Bernoulli variable with
+    logit :math:`\hat x`; :math:`s` is 1 for a sum and 1/features for a mean; :math:`v` is ``logvar``.  The KL term is
+    equation 10 of Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), with the opposite sign.
 
     Arguments and results are those of :func:`rvae_fast.reconstruction_kld`, which checks them.
     """
@@ -78,7 +77,8 @@ def reconstruction_kld_backward(
     Parameters
     ----------
     grad_error, grad_kld : Tensor [batch] or None
-        Gradients of the two results; None where a result was not used, and then nothing that depends on it may be in ``needs``.
+        Gradients of the two results; None where a result was not used, and then nothing that depends on it may be in
+        ``needs``.
     needs : sequence of 5 bool
         Which gradients to return, in the order x, x_hat, mu, logvar, feature_weight.
 
@@ -118,7 +118,7 @@ def _error_terms(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
         return (x_hat - x).square()
     if likelihood == "absolute":
         return (x_hat - x).abs()
-    return functional.binary_cross_entropy_with_logits(x_hat, x, reduction="none")
+    return F.binary_cross_entropy_with_logits(x_hat, x, reduction="none")
 
 
 def _error_slope_x_hat(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
@@ -131,9 +131,6 @@ def _error_slope_x_hat(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
 
 def _error_slope_x(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
     return -x_hat if likelihood == "bernoulli" else -_error_slope_x_hat(x, x_hat, likelihood)
-
-
-# --- residual units ---
 
 
 def residual_unit(
@@ -179,7 +176,7 @@ def residual_unit(
     """
 
     def norm(h: Tensor, i: int) -> Tensor:
-        return functional.batch_norm(
+        return F.batch_norm(
             h, running_mean[i], running_var[i], norm_weight[i], norm_bias[i], batch_stats[i], momentum[i], eps
         )
 
@@ -187,12 +184,12 @@ def residual_unit(
     last = len(weight) - 1
     for i in range(len(weight)):
         if order == "pre":
-            h = functional.linear(activate(norm(h, i), activation, negative_slope), weight[i], bias[i])
+            h = F.linear(activate(norm(h, i), activation, negative_slope), weight[i], bias[i])
         else:
-            h = norm(functional.linear(h, weight[i], bias[i]), i)
+            h = norm(F.linear(h, weight[i], bias[i]), i)
             if i < last:
                 h = activate(h, activation, negative_slope)
     if dropout > 0:
-        h = functional.dropout(h, dropout, training=True)
+        h = F.dropout(h, dropout, training=True)
     h = x + h
     return h if order == "pre" else activate(h, activation, negative_slope)
