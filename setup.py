@@ -1,7 +1,9 @@
-"""Build script: the metadata is in pyproject.toml; this adds the native module, which CMake builds (build_tools/native_build.py)."""
+"""Build script: the metadata is in pyproject.toml; this adds the native module, which CMake builds
+(build_tools/native_build.py)."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -40,10 +42,13 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Editable installs and ``build_ext --inplace``: module and record go beside the Python sources."""
         for built, inplace in self._files():
+            if not built.is_file():
+                inplace.unlink(missing_ok=True)
+                continue
             # A running process keeps the file that it mapped: replace, never overwrite.
-            inplace.unlink(missing_ok=True)
-            if built.is_file():
-                self.copy_file(str(built), str(inplace))
+            temporary = inplace.with_name(inplace.name + ".new")
+            self.copy_file(str(built), str(temporary), preserve_mode=True)
+            os.replace(temporary, inplace)
 
     def get_output_mapping(self) -> dict[str, str]:
         """Built file -> file in the source tree, for editable installs; a module that was not built is not promised."""

@@ -3,7 +3,8 @@
 The native module is compiled against an installed PyTorch. Under build isolation the build looks for the one of the
 environment that is being installed into (`native_build.find_torch`). Where that environment has no torch yet, pip
 is about to install one as a dependency, *after* this build: naming it as a build requirement gets the same
-release from the same index into the throw-away build environment, so that a first `pip install` ends with the fast path.
+release from the same index into the throw-away build environment, so that a first `pip install` ends with the fast
+path.
 """
 
 from __future__ import annotations

@@ -1,20 +1,22 @@
 """Build of the native module `rvae_fast._C`: find what is needed, run CMake, record the outcome.
 
-`setup.py` calls `build`. Whatever happens, a small JSON record (`_C_build.json`) is left where the module goes: what it was built
-for, or why it was not built. The loader (`rvae_fast/_native.py`) reads it, so that the reason survives an installer
-that hides the output of builds.
+`setup.py` calls `build`. Whatever happens, a small JSON record (`_C_build.json`) is left where the module goes: what it
+was built for, or why it was not built. The loader (`rvae_fast/_native.py`) reads it, so that the reason survives an
+installer that hides the output of builds.
 
 Environment variables:
 
 ``RVAE_FAST_NATIVE``
-    ``auto`` (default): build where the tools for it exist, else say so and go on with the reference path. A failed compilation
-    is reported loudly, here and at the first use. ``1``: anything but a working module is an error. ``0``: do not build.
+    ``auto`` (default): build where the tools for it exist, else say so and go on with the reference path. A failed
+    compilation is reported loudly, here and at the first use. ``1``: anything but a working module is an error. ``0``:
+    do not build.
 ``RVAE_FAST_TORCH``
     The torch package directory to compile against, if not that of the running interpreter.
 ``RVAE_FAST_CUDA``
     ``auto`` (default), ``1`` (require) or ``0``: the CUDA half, built where nvcc's major version is torch's.
 ``RVAE_FAST_CUDA_ARCHITECTURES``, ``RVAE_FAST_SANITIZE``, ``MAX_JOBS``
-    CMake's list of GPU architectures; ``address,undefined`` for an instrumented module; the number of parallel compilations.
+    CMake's list of GPU architectures; ``address,undefined`` for an instrumented module; the number of parallel
+    compilations.
 """
 
 from __future__ import annotations
@@ -56,12 +58,13 @@ def requested() -> str:
     return value
 
 
-# ------------------------------------------------------------------------------------------------------------------ torch
+# ---------------------------------------------------------------------------------------------------------------- torch
 
 
 @dataclass(frozen=True)
 class Torch:
-    """Facts about an installed torch, read from its files: importing it would cost seconds, and fails in a build sandbox."""
+    """Facts about an installed torch, read from its files: importing it would cost seconds, and fails in a build
+    sandbox."""
 
     path: Path
     version: str
@@ -75,17 +78,25 @@ def _torch_directory() -> Path | None:
     if named:
         path = Path(named).expanduser().resolve()
         if not (path / "version.py").is_file():
-            raise SystemExit(f"RVAE_FAST_TORCH is {named!r}, which is not a torch package directory (no version.py there)")
+            raise SystemExit(
+                f"RVAE_FAST_TORCH is {named!r}, which is not a torch package directory (no version.py there)"
+            )
         return path
-    # The environment that is being installed into: the running interpreter without the build sandbox's PYTHONPATH. A child
-    # process resolves .pth files, system site-packages and the user site as a user's own session would.
+    # The environment that is being installed into: the running interpreter without the build sandbox's PYTHONPATH. A
+    # child process resolves .pth files, system site-packages and the user site as a user's own session would.
     probe = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
     with tempfile.TemporaryDirectory() as empty:
-        found = subprocess.run([sys.executable, "-E", "-c", probe], cwd=empty, capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            [sys.executable, "-E", "-c", probe], cwd=empty, capture_output=True, text=True, check=False
+        )
     origin = found.stdout.strip()
     if not origin:  # the sandbox itself (torch as a build requirement), or an environment without site-packages
         spec = importlib.util.find_spec("torch")
-        origin = spec.origin if spec and spec.origin else str(Path(sysconfig.get_paths()["purelib"]) / "torch" / "__init__.py")
+        origin = (
+            spec.origin
+            if spec and spec.origin
+            else str(Path(sysconfig.get_paths()["purelib"]) / "torch" / "__init__.py")
+        )
     path = Path(origin).parent
     return path if (path / "version.py").is_file() and (path / "include" / "ATen").is_dir() else None
 
@@ -114,7 +125,7 @@ def find_torch() -> Torch | None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- compilers
+# ------------------------------------------------------------------------------------------------------------ compilers
 
 
 def find_compiler(standard: int = 17) -> str | None:
@@ -126,9 +137,13 @@ def find_compiler(standard: int = 17) -> str | None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
-            source.write_text("#include <string>\n#include <vector>\nint main() { return (int)std::vector<std::string>().size(); }\n")
+            source.write_text(
+                "#include <string>\n#include <vector>\nint main() { return (int)std::vector<std::string>().size(); }\n"
+            )
             run = subprocess.run(
-                [*command, f"-std=c++{standard}", str(source), "-o", str(source.with_suffix(""))], capture_output=True, check=False
+                [*command, f"-std=c++{standard}", str(source), "-o", str(source.with_suffix(""))],
+                capture_output=True,
+                check=False,
             )
             # /bin/false and friends "exist"; only an executable that came out is a compiler.
             if run.returncode == 0 and source.with_suffix("").is_file():
@@ -140,7 +155,8 @@ def _python_package_tool(name: str) -> str | None:
     """`cmake` or `ninja` from the environment's scripts folder or its Python package, else from PATH.
 
     The PyPI packages put a working binary inside the package; under build isolation the script in the sandbox's bin
-    folder is a Python shim, which breaks once the sandbox is gone, and CMake caches its path. The real binary is preferred."""
+    folder is a Python shim, which breaks once the sandbox is gone, and CMake caches its path. The real binary is
+    preferred."""
     package = {"cmake": ("cmake", "CMAKE_BIN_DIR"), "ninja": ("ninja", "BIN_DIR")}[name]
     with contextlib.suppress(Exception):
         module = importlib.import_module(package[0])
@@ -194,7 +210,7 @@ def find_cuda(torch: Torch, root: Path = ROOT) -> tuple[str | None, str]:
     return (None, reason) if reason else (nvcc, "")
 
 
-# ------------------------------------------------------------------------------------------------------------------- limits
+# --------------------------------------------------------------------------------------------------------------- limits
 
 
 def _available_memory() -> int:
@@ -214,7 +230,8 @@ def _available_memory() -> int:
 
 
 def parallel_jobs() -> int:
-    """Compilations at once: MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL if set, else the cores, at 2 GiB of free memory each."""
+    """Compilations at once: MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL if set, else the cores, at 2 GiB of free memory
+    each."""
     for variable in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
         value = os.environ.get(variable, "")
         if value.isdigit() and int(value) > 0:
@@ -238,7 +255,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-# -------------------------------------------------------------------------------------------------------------------- build
+# ---------------------------------------------------------------------------------------------------------------- build
 
 
 @dataclass(frozen=True)
@@ -259,18 +276,20 @@ def plan(root: Path = ROOT) -> Plan:
     torch = find_torch()
     if torch is None:
         raise Unavailable(
-            "PyTorch (with its headers) is not installed in this environment: install torch first, then install rvae-fast again"
+            "PyTorch (with its headers) is not installed in this environment: install torch, then rvae-fast again"
         )
     compiler = find_compiler(torch.cxx_standard)
     if compiler is None:
         named = f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++, clang++"
         raise Unavailable(
-            f"no working C++ compiler was found ({named}) that knows C++{torch.cxx_standard}, which the headers of torch "
-            f"{torch.version} need: install one (Debian, Ubuntu: apt install g++)"
+            f"no working C++ compiler was found ({named}) that knows C++{torch.cxx_standard}, which the headers of "
+            f"torch {torch.version} need: install one (Debian, Ubuntu: apt install g++)"
         )
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.is_file():
-        raise Unavailable(f"Python's own headers are missing ({header.name}): install them (Debian, Ubuntu: apt install python3-dev)")
+        raise Unavailable(
+            f"Python's own headers are missing ({header.name}): install them (Debian, Ubuntu: apt install python3-dev)"
+        )
     cmake, ninja = _python_package_tool("cmake"), _python_package_tool("ninja")
     missing = [name for name, path in (("cmake", cmake), ("ninja", ninja)) if path is None]
     if cmake is None or ninja is None:
@@ -282,7 +301,9 @@ def plan(root: Path = ROOT) -> Plan:
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
     print("+", " ".join(command), flush=True)
-    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    run = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     print(run.stdout, flush=True)
     if run.returncode != 0:
         raise BuildFailed(f"`{Path(command[0]).name}` failed with status {run.returncode}\n{run.stdout[-6000:]}")
@@ -365,19 +386,24 @@ def build(module: Path, *, version: str, root: Path = ROOT, build_folder: Path |
             raise Unavailable("switched off by RVAE_FAST_NATIVE=0")
         found = plan(root)
         record.update(
-            torch=found.torch.version, torch_cuda=found.torch.cuda, cxx11_abi=found.torch.cxx11_abi, compiler=found.compiler
+            torch=found.torch.version,
+            torch_cuda=found.torch.cuda,
+            cxx11_abi=found.torch.cxx11_abi,
+            compiler=found.compiler,
         )
         sanitized = "-sanitize" if os.environ.get("RVAE_FAST_SANITIZE") else ""
-        folder = build_folder or root / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}{sanitized}"
+        folder = (
+            build_folder or root / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}{sanitized}"
+        )
         facts = _compile(found, folder, module, root)
         record.update(facts, built=True, cuda_reason=found.cuda_reason or None)
     except Unavailable as problem:
         record["reason"] = str(problem)
         if mode == "1":
-            raise SystemExit(f"rvae-fast: RVAE_FAST_NATIVE=1, but the native module cannot be built: {problem}") from None
-        _banner(
-            "the native module is not built; everything works, on the slower reference path.", f"Reason: {problem}"
-        )
+            raise SystemExit(
+                f"rvae-fast: RVAE_FAST_NATIVE=1, but the native module cannot be built: {problem}"
+            ) from None
+        _banner("the native module is not built; everything works, on the slower reference path.", f"Reason: {problem}")
     except (BuildFailed, OSError) as problem:
         record["reason"] = f"its compilation failed: {problem}"
         record["failed"] = True
@@ -385,8 +411,8 @@ def build(module: Path, *, version: str, root: Path = ROOT, build_folder: Path |
             raise SystemExit(f"rvae-fast: the native module failed to build: {problem}") from None
         _banner(
             "THE NATIVE MODULE FAILED TO BUILD; everything works, on the slower reference path.",
-            f"{problem}\nThe first import will repeat this as a warning. Install with RVAE_FAST_NATIVE=0 to do without it,\n"
-            "or with RVAE_FAST_NATIVE=1 to make this an error.",
+            f"{problem}\nThe first import will repeat this as a warning. Install with RVAE_FAST_NATIVE=0 to do "
+            "without it,\nor with RVAE_FAST_NATIVE=1 to make this an error.",
         )
     if not record["built"]:
         module.unlink(missing_ok=True)  # never leave the module of an earlier build beside the record of this one

@@ -72,7 +72,7 @@ _PUBLIC = {
 # submodules that are reached as attributes without an import of their own
 _SUBMODULES = frozenset({"datasets", "models", "nn", "ops", "report", "scoring", "serialization", "training"})
 
-__all__ = ["__version__", "datasets", *_PUBLIC]  # noqa: PLE0604 - the values are strings
+__all__ = ["__version__", "datasets", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 """Loading of the native module `rvae_fast._C`, which may be absent, broken or built for another torch.
 
-The build leaves a record (`_C_build.json`) beside the module: what it was built for, or why it was not built. It is compared
-with the running torch *before* the module is loaded, because a module of another torch can crash on loading, or worse, later.
-Nothing is hidden: `why_not` says in words why there is no native module, a module that exists and cannot be used gives one
-warning, and `require` raises an error with built-for beside you-have.
+The build leaves a record (`_C_build.json`) beside the module: what it was built for, or why it was not built. It is
+compared with the running torch *before* the module is loaded, because a module of another torch can crash on loading,
+or worse, later. Nothing is hidden: `why_not` says in words why there is no native module, a module that exists and
+cannot be used gives one warning, and `require` raises an error with built-for beside you-have.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _RECORD = "_C_build.json"
-_REBUILD = "reinstall rvae-fast in this environment to rebuild it (pip install --force-reinstall --no-deps, or make native in a clone)"
+_REBUILD = (
+    "reinstall rvae-fast in this environment to rebuild it (pip install --force-reinstall --no-deps, or `make native` "
+    "in a clone)"
+)
 
 
 def _folder() -> Path:
@@ -107,12 +110,20 @@ def _load() -> tuple[ModuleType | None, str | None, bool]:
             return None, f"the native module was not built: {built['reason']}", False
         others = _foreign_modules()
         if others:
-            return None, f"the native module is built for another interpreter only ({', '.join(others)}): {_REBUILD}", True
+            return (
+                None,
+                f"the native module is built for another interpreter only ({', '.join(others)}): {_REBUILD}",
+                True,
+            )
         return None, "the native module was not built (this is a source tree that was never installed)", False
     have = running_facts()
     if not built.get("built"):
         detail = _comparison(built, have, [])
-        return None, f"{path.name} has no record of what it was built for ({_RECORD}), so it is not loaded: {_REBUILD}\n{detail}", True
+        return (
+            None,
+            f"{path.name} has no record ({_RECORD}) of its build, so it is not loaded: {_REBUILD}\n{detail}",
+            True,
+        )
     wrong = _mismatch(built, have)
     if wrong:
         detail = _comparison(built, have, wrong)
@@ -138,6 +149,11 @@ def _state() -> tuple[ModuleType | None, str | None]:
     if loud:
         warnings.warn(f"rvae_fast runs on the slower reference path: {reason}", RuntimeWarning, stacklevel=3)
     return module, reason
+
+
+def exists() -> bool:
+    """Whether there is a native module for this interpreter on disk, or a record of a failed build: usable or not."""
+    return _module_file() is not None or bool(build_record().get("failed"))
 
 
 def is_available() -> bool:
