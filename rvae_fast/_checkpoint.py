@@ -1,0 +1,132 @@
+"""The state of a training run in one file: safetensors with a JSON header, replaced atomically, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT, VERSION = "rvae_fast.checkpoint", 1
+_KEY = "rvae_fast"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, foreign, or of another run than the one that would resume from it."""
+
+
+def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write ``tensors`` and ``header`` (JSON values) to ``path``.
+
+    Written beside it, flushed to the disk and renamed over it: whenever the process or the machine stops, ``path``
+    holds the old state or the new one, whole.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    seen: set[int] = set()
+    flat = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory (tied weights): each is written for itself.
+        flat[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    record = {"format": FORMAT, "version": VERSION, **header}
+    try:
+        save_file(flat, partial, metadata={_KEY: json.dumps(record)})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself is in the directory
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and the header that :func:`save` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+    CheckpointError
+        When the file is damaged, foreign or of a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {os.fspath(path)!r}; to begin one there, train with resume=False or 'auto'"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_KEY])
+            if header["format"] != FORMAT:
+                raise KeyError("format")
+            if header["version"] > VERSION:
+                raise CheckpointError(
+                    f"checkpoint {os.fspath(path)!r} has format version {header['version']}; "
+                    f"this library reads up to {VERSION}: install a newer one"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is not a checkpoint of a training run, or is damaged: {type(error).__name__}: {error}"
+        ) from error
+    return tensors, header
+
+
+def require_same(path: str | os.PathLike[str], saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose ``identity`` is not this run's.
+
+    Parameters
+    ----------
+    saved, here : dict
+        ``{"config": {...}, "model": {...}, "data": "...", ...}``: compared key by key, two levels deep.
+
+    Raises
+    ------
+    CheckpointError
+        Listing what differs.
+    """
+    differences = []
+    for key in sorted(saved.keys() | here.keys()):
+        one, other = saved.get(key), here.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            differences += [
+                f"{key}.{inner}: {one.get(inner)!r} there, {other.get(inner)!r} here"
+                for inner in sorted(one.keys() | other.keys())
+                if one.get(inner) != other.get(inner)
+            ]
+        elif one != other:
+            differences.append(f"{key}: {one!r} there, {other!r} here")
+    if differences:
+        raise CheckpointError(
+            f"checkpoint {os.fspath(path)!r} is of another run and cannot be resumed by this one:\n  "
+            + "\n  ".join(differences)
+        )
+
+
+def subset(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def describe_model(model: torch.nn.Module) -> dict[str, Any]:
+    """What a model must share with another for its state to fit: class, configuration, tensors."""
+    config = getattr(model, "config", None)
+    return {
+        "class": type(model).__name__,
+        "config": config() if callable(config) else None,
+        "tensors": {name: f"{value.dtype} {list(value.shape)}" for name, value in model.state_dict().items()},
+    }

@@ -1,0 +1,188 @@
+"""Everything a training run can be told, in one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+_INF = math.inf
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Options of :func:`rvae_fast.training.train`.
+
+    Parameters
+    ----------
+    epochs : int, default 100
+        Passes over the training rows.
+    batch_size : int, default 256
+        Rows of a forward pass (at least 2: BatchNorm cannot train on one).
+    optimizer : {"adamw", "adam"}, default "adamw"
+        PyTorch's own; weight decay is decoupled in ``adamw`` (Loshchilov and Hutter 2019) and an L2 term in ``adam``.
+    learning_rate : float, default 1e-3
+        The highest of the schedule.
+    weight_decay : float, default 0.0
+    betas : (float, float), default (0.9, 0.999)
+    eps : float, default 1e-8
+    warmup_epochs : float, default 1.0
+        Epochs, or a fraction of one, over which the learning rate rises linearly, step by step.
+    schedule : {"cosine", "linear", "constant"}, default "cosine"
+        What it does from there to the last step.
+    final_learning_rate : float, default 0.0
+        Where ``cosine`` and ``linear`` end.
+    max_grad_norm : float or None, default 10.0
+        The gradient is scaled down to this global L2 norm when it is larger; None turns clipping off. The norm before
+        clipping is recorded at every step either way.
+    kld_weight : float, default 1.0
+        Weight of the KL divergence in the loss (the beta of a beta-VAE); no effect on AE and RAE.
+    kld_warmup_epochs : float, default 0.0
+        Epochs over which that weight rises linearly from 0, step by step. The validation loss always uses the full one.
+    accumulate : int, default 1
+        Batches whose gradients are gathered into one optimiser step. The step equals that of one batch of
+        ``accumulate * batch_size`` rows, except for the statistics of BatchNorm, which are those of each batch, and for
+        which random numbers a row draws.
+    validation_fraction : float, default 0.0
+        Share of the rows, drawn at random by ``seed``, held out when no ``validation`` data are given.
+    patience : int or None, default None
+        Stop after this many epochs without a lower validation loss; needs validation data.
+    min_delta : float, default 0.0
+        What counts as lower: by more than this.
+    restore_best : bool, default True
+        End with the weights of the epoch of lowest validation loss. Without validation data the last weights stay.
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        ``"bf16"`` runs forward and backward under autocast, weights and statistics staying fp32; ``"auto"`` chooses it
+        where the device computes it natively (:func:`rvae_fast._precision.has_native_bf16`) and the model is fp32.
+    seed : int or None, default None
+        Seeds the order of rows, the validation split, the sampling of z and dropout. None draws one number from torch's
+        global generator, so ``torch.manual_seed`` decides. Either way it is the only thing the run takes from that
+        generator, whose state is otherwise left alone.
+    device : str, default "auto"
+        ``"auto"``: the model's own when it is not the CPU, else a CUDA device where there is one, else the CPU.
+    progress : bool, default False
+        A progress bar in a terminal, a line every few seconds elsewhere, on standard error.
+    checkpoint : path or None, default None
+        File that the state of the run is kept in, replaced atomically.
+    checkpoint_every : int, default 1
+        How often, in ``checkpoint_unit``.
+    checkpoint_unit : {"epochs", "steps"}, default "epochs"
+    sync_every : int or None, default None
+        Steps between readings of loss and gradient norm from the device. None means every step on the CPU, where it
+        costs nothing, and every 50 elsewhere. A non-finite value blocks every later update on the device itself, so the
+        interval changes when an error is raised, never which weights are kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the field, what came and what was expected.
+    """
+
+    epochs: int = 100
+    batch_size: int = 256
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_epochs: float = 1.0
+    schedule: str = "cosine"
+    final_learning_rate: float = 0.0
+    max_grad_norm: float | None = 10.0
+    kld_weight: float = 1.0
+    kld_warmup_epochs: float = 0.0
+    accumulate: int = 1
+    validation_fraction: float = 0.0
+    patience: int | None = None
+    min_delta: float = 0.0
+    restore_best: bool = True
+    precision: str = "auto"
+    seed: int | None = None
+    device: str = "auto"
+    progress: bool = False
+    checkpoint: str | None = None
+    checkpoint_every: int = 1
+    checkpoint_unit: str = "epochs"
+    sync_every: int | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name, low in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("checkpoint_every", 1)):
+            put(name, _integer(name, getattr(self, name), low))
+        for name in ("patience", "sync_every"):
+            if getattr(self, name) is not None:
+                put(name, _integer(name, getattr(self, name), 1, "or None"))
+        if self.seed is not None:
+            put("seed", _integer("seed", self.seed, 0, "or None", high=2**63 - 1))
+        for name in ("learning_rate", "eps"):
+            put(name, _number(name, getattr(self, name), 0.0, _INF, low_open=True))
+        for name in _AT_LEAST_0:
+            put(name, _number(name, getattr(self, name), 0.0, _INF))
+        if self.max_grad_norm is not None:
+            put("max_grad_norm", _number("max_grad_norm", self.max_grad_norm, 0.0, _INF, low_open=True, also="or None"))
+        put("validation_fraction", _number("validation_fraction", self.validation_fraction, 0.0, 1.0))
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        put("betas", tuple(_number("betas", beta, 0.0, 1.0) for beta in self.betas))
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate must be at most learning_rate, {self.learning_rate}, got {self.final_learning_rate}"
+            )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("restore_best", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        put("device", str(self.device))
+        if self.checkpoint is not None:
+            if not isinstance(self.checkpoint, (str, os.PathLike)) or not os.fspath(self.checkpoint):
+                raise TypeError(f"checkpoint must be a path or None, got {self.checkpoint!r}")
+            put("checkpoint", str(os.fspath(self.checkpoint)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values; ``TrainingConfig(**config.to_dict())`` equals ``config``."""
+        fields = dataclasses.asdict(self)
+        fields["betas"] = list(self.betas)
+        return fields
+
+
+_AT_LEAST_0 = (
+    "weight_decay", "warmup_epochs", "final_learning_rate", "kld_weight", "kld_warmup_epochs", "min_delta",
+)  # fmt: skip
+_CHOICES = {
+    "optimizer": ("adamw", "adam"),
+    "schedule": ("cosine", "linear", "constant"),
+    "precision": ("auto", "fp32", "bf16"),
+    "checkpoint_unit": ("epochs", "steps"),
+}
+
+
+def _integer(name: str, value: Any, low: int, also: str = "", *, high: int | None = None) -> int:
+    expected = f"{name} must be an integer of at least {low}" + (f" {also}" if also else "")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{expected}, got {value!r}")
+    result = int(value)
+    if result < low or (high is not None and result > high):
+        raise ValueError(f"{expected}{f' and at most {high}' if high is not None else ''}, got {value!r}")
+    return result
+
+
+def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False, also: str = "") -> float:
+    """A finite number in ``[low, high)``, or in ``(low, high)``."""
+    if high == _INF:
+        bounds = f"{'above' if low_open else 'of at least'} {low:g}"
+    else:
+        bounds = f"in [{low:g}, {high:g})"
+    expected = f"{name} must be a finite number {bounds}" + (f" {also}" if also else "")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{expected}, got {value!r}")
+    result = float(value)
+    if not (low < result if low_open else low <= result) or not result < high:  # NaN fails both
+        raise ValueError(f"{expected}, got {value!r}")
+    return result
