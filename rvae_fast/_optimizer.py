@@ -1,4 +1,4 @@
-"""One optimiser step: global norm, clipping and Adam, by torch's fused kernels, skippable on the device."""
+"""One optimiser step: global gradient norm, clipping and Adam, by torch's fused kernels, skippable on the device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ _FUSED = ("cpu", "cuda")
 
 
 class Optimizer:
-    """Adam or AdamW with clipping folded in.
+    """Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019) on gradients clipped by their global norm.
 
-    torch's fused Adam divides every gradient by a device scalar as it reads it (there for loss scaling). That scalar
-    is max(1, norm / max_grad_norm) here, so clipping costs no pass of its own; and its ``found_inf`` flag makes the
-    step do nothing, decided on the device.
+    It calls the kernels of ``torch.optim``'s ``fused=True`` itself, for three reasons. They divide every gradient by a
+    scalar as they read it (there for loss scaling): that scalar is max(1, norm / max_grad_norm) here, so clipping costs
+    no pass of its own. Their ``found_inf`` makes a step do nothing, decided on the device. And making a ``torch.optim``
+    optimiser imports torch's compiler, some 800 modules, which takes seconds. On devices without these kernels the step
+    is ``torch.optim``'s functional Adam.
 
     Parameters
     ----------
@@ -29,24 +31,32 @@ class Optimizer:
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> None:
         self.parameters = list(parameters)
-        self.max_norm = config.max_grad_norm
+        self.config = config
         device = self.parameters[0].device
+        self._exp_avg = [torch.zeros_like(p) for p in self.parameters]
+        self._exp_avg_sq = [torch.zeros_like(p) for p in self.parameters]
+        # One tensor, so that counting is one kernel; the fused kernels read each parameter's count through its view.
+        self._steps = torch.zeros(len(self.parameters), device=device)
+        self._step = list(self._steps.unbind())
         self.fused = device.type in _FUSED
-        # The fused kernel's divisor is fp32: enough for fp32 and below, too coarse (and too short of range) for fp64.
-        self._fold = self.fused and all(p.dtype != torch.float64 for p in self.parameters)
-        cls = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        self.torch = cls(
-            self.parameters, lr=config.learning_rate, betas=config.betas, eps=config.eps,
-            weight_decay=config.weight_decay, fused=self.fused or None,
-        )  # fmt: skip
+        self._kernel = torch._fused_adamw_ if config.optimizer == "adamw" else torch._fused_adam_
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i, parameter in enumerate(self.parameters):
+            by_dtype.setdefault(parameter.dtype, []).append(i)
+        self._groups = list(by_dtype.values())
+        # The kernels' divisor is fp32: enough for fp32 and below, too coarse and too short of range for fp64.
+        self._fold = torch.float64 not in by_dtype
 
     def norm(self) -> Tensor:
         """Global L2 norm of the gradients, a scalar on their device."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
+        if len(self._groups) > 1:
+            norms = [norm.to(self.parameters[0].dtype) for norm in norms]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
+    @torch.no_grad()
     def step(self, learning_rate: float, norm: Tensor, blocked: Tensor | None = None) -> None:
-        """Update the parameters by gradients clipped to ``max_grad_norm``.
+        """Update the parameters that have a gradient, clipped to ``max_grad_norm``.
 
         Parameters
         ----------
@@ -56,40 +66,82 @@ class Optimizer:
         blocked : Tensor [] float32, optional
             1.0 makes the step do nothing, without the host knowing.
         """
-        for group in self.torch.param_groups:
-            group["lr"] = learning_rate
         scale = None
-        if self.max_norm is not None:
+        if self.config.max_grad_norm is not None:
             # 1e-6 as torch.nn.utils.clip_grad_norm_ has it.
-            scale = torch.clamp((norm + 1e-6) / self.max_norm, min=1.0)
-        if self.fused:
-            fold = scale is not None and self._fold
-            self.torch.grad_scale = scale.float() if scale is not None and fold else None  # type: ignore[attr-defined]
-            self.torch.found_inf = blocked  # type: ignore[attr-defined]
-            scale = None if fold else scale
-        elif blocked is not None and bool(blocked):
-            return
-        if scale is not None:
+            scale = torch.clamp((norm + 1e-6) / self.config.max_grad_norm, min=1.0)
+        if not (self.fused and self._fold) and scale is not None:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], scale)
-        self.torch.step()
+            scale = None
+        if not self.fused:
+            if blocked is None or not bool(blocked):
+                self._unfused(learning_rate)
+            return
+        missing = [i for i, p in enumerate(self.parameters) if p.grad is None]
+        taken = 1.0 if blocked is None else 1.0 - blocked
+        if missing:
+            present = torch.ones_like(self._steps)
+            present[missing] = 0.0
+            taken = taken * present
+        self._steps += taken
+        config = self.config
+        for group in self._groups:
+            group = [i for i in group if self.parameters[i].grad is not None] if missing else group
+            if group:
+                self._kernel(
+                    [self.parameters[i] for i in group],
+                    [self.parameters[i].grad for i in group],
+                    [self._exp_avg[i] for i in group],
+                    [self._exp_avg_sq[i] for i in group],
+                    [],
+                    [self._step[i] for i in group],
+                    lr=learning_rate,
+                    beta1=config.betas[0],
+                    beta2=config.betas[1],
+                    weight_decay=config.weight_decay,
+                    eps=config.eps,
+                    amsgrad=False,
+                    maximize=False,
+                    grad_scale=None if scale is None else scale.float(),
+                    found_inf=blocked,
+                )
+
+    def _unfused(self, learning_rate: float) -> None:
+        from torch.optim.adam import adam
+
+        chosen = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        config = self.config
+        adam(
+            [self.parameters[i] for i in chosen],  # type: ignore[misc]
+            [self.parameters[i].grad for i in chosen],  # type: ignore[misc]
+            [self._exp_avg[i] for i in chosen],
+            [self._exp_avg_sq[i] for i in chosen],
+            [],
+            [self._step[i] for i in chosen],
+            foreach=False,
+            amsgrad=False,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            lr=learning_rate,
+            weight_decay=config.weight_decay,
+            eps=config.eps,
+            maximize=False,
+            decoupled_weight_decay=config.optimizer == "adamw",
+        )
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        self.torch.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, by position of the parameter: ``{"3.exp_avg": ...}``."""
-        return {
-            f"{i}.{name}": value
-            for i, parameter in enumerate(self.parameters)
-            for name, value in self.torch.state.get(parameter, {}).items()
-        }
+        """The state, by position of the parameter: ``{"steps": ..., "exp_avg.3": ...}``."""
+        state = {"steps": self._steps}
+        for i in range(len(self.parameters)):
+            state[f"exp_avg.{i}"], state[f"exp_avg_sq.{i}"] = self._exp_avg[i], self._exp_avg_sq[i]
+        return state
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take the state that :meth:`tensors` gave."""
-        self.torch.state.clear()
-        for key, value in tensors.items():
-            position, name = key.split(".", 1)
-            parameter = self.parameters[int(position)]
-            where = parameter.device if self.fused or name != "step" else torch.device("cpu")
-            self.torch.state[parameter][name] = value.to(where, copy=True)
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])

@@ -19,8 +19,8 @@ class Schedule:
         """Of optimiser step ``step``, counted from 0.
 
         Linear from ``learning_rate / (warm-up steps + 1)`` over the warm-up, so that no step is wasted at 0; the first
-        step after it has the full rate. Then constant, or down towards ``final_learning_rate``, which the step after the
-        last would have, by half a cosine (Loshchilov and Hutter 2017, equation 5, without restarts) or a straight line.
+        step after it has the full rate. Then constant, or down towards ``final_learning_rate``, which the step after
+        the last would have, by half a cosine (Loshchilov and Hutter 2017, equation 5, without restarts) or a line.
         """
         config = self.config
         warmup = round(config.warmup_epochs * self.steps_per_epoch)

@@ -130,9 +130,8 @@ class TrainingConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         put("betas", tuple(_number("betas", beta, 0.0, 1.0) for beta in self.betas))
         if self.final_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"final_learning_rate must be at most learning_rate, {self.learning_rate}, got {self.final_learning_rate}"
-            )
+            limit = f"at most learning_rate ({self.learning_rate})"
+            raise ValueError(f"final_learning_rate must be {limit}, got {self.final_learning_rate}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

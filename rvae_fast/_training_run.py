@@ -198,13 +198,14 @@ class Run:
         if self.val_index is None:
             return None
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.zeros((), dtype=wide, device=self.device)
         index = self.val_index.to(self.held_out.index_device)
         size = self.config.batch_size
         for start in range(0, len(index), size):
             with autocast(self.precision, self.device):
                 error, kld = self.model.loss_terms(self.held_out.gather(index[start : start + size]))  # type: ignore[operator]
-            total += (error + self.config.kld_weight * kld).sum(dtype=torch.float64)
+            total += (error + self.config.kld_weight * kld).sum(dtype=wide)
         loss = float(total) / len(index)
         if not math.isfinite(loss):
             raise self._bad_validation(index, loss)
