@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from .cache import cache_folder
 from .fetch import DatasetInfo, fetch, fetch_all, list_datasets, load, names
+from .readers import iter_table, read_table
 from .splits import NoveltySplit, anomaly_split, novelty_split
+from .tables import Table, TableError, anomaly_labels
 from .types import Dataset, DatasetContentError, DatasetUnavailableError
+from .writers import write_scores
 
 __all__ = [
     "Dataset",
@@ -22,12 +25,18 @@ __all__ = [
     "DatasetInfo",
     "DatasetUnavailableError",
     "NoveltySplit",
+    "Table",
+    "TableError",
+    "anomaly_labels",
     "anomaly_split",
     "cache_folder",
     "fetch",
     "fetch_all",
+    "iter_table",
     "list_datasets",
     "load",
     "names",
     "novelty_split",
+    "read_table",
+    "write_scores",
 ]

@@ -45,7 +45,10 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def working_folder(folder: Path, name: str) -> Iterator[Path]:
-    """Make a temporary folder inside the cache for a download, and remove it and what earlier killed downloads left (hold the lock)."""
+    """Make a temporary folder inside the cache for a download, and remove it afterwards.
+
+    What killed downloads of the same data set have left is removed too, so the caller must hold its lock.
+    """
     prefix = f".fetch-{name}-"
     for stale in folder.glob(f"{prefix}*"):
         shutil.rmtree(stale, ignore_errors=True)

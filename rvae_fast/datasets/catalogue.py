@@ -76,18 +76,26 @@ _BAD_LICENCE = "rights reserved by the package; original values CC BY 4.0 (UCI r
 _UCI = "CC BY 4.0 (UCI repository)"
 _MNIST_TEST_COUNTS = (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
 _MNIST_TRAIN_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
-_EMNIST_TEST_COUNTS = tuple(
-    int(count)
-    for count in (
-        "5778 6330 5869 5969 5619 5190 5705 6139 5633 5686 1062 648 1739 779 851 1440 447 521 2048 626 382 810 1485 1351 4156 "
-        "1397 413 809 3508 1576 2002 796 806 432 798 464 1644 853 432 1683 4092 400 589 1479 427 317 466 2535 464 1898 466 368 "
-        "505 2320 437 2965 482 468 467 470 381 451"
-    ).split()
+# fmt: off
+_EMNIST_TEST_COUNTS = (
+    5778, 6330, 5869, 5969, 5619, 5190, 5705, 6139, 5633, 5686, 1062, 648, 1739, 779, 851, 1440,
+    447, 521, 2048, 626, 382, 810, 1485, 1351, 4156, 1397, 413, 809, 3508, 1576, 2002, 796, 806,
+    432, 798, 464, 1644, 853, 432, 1683, 4092, 400, 589, 1479, 427, 317, 466, 2535, 464, 1898, 466,
+    368, 505, 2320, 437, 2965, 482, 468, 467, 470, 381, 451,
 )
+# fmt: on
 _EMNIST_TEST = Expected((116323, 784), _EMNIST_TEST_COUNTS, 4037400288, 1589181112175)
-_COVERTYPE_COLUMNS = tuple(
-    "elevation aspect slope horizontal_distance_to_hydrology vertical_distance_to_hydrology horizontal_distance_to_roadways "
-    "hillshade_9am hillshade_noon hillshade_3pm horizontal_distance_to_fire_points".split()
+_COVERTYPE_COLUMNS = (
+    "elevation",
+    "aspect",
+    "slope",
+    "horizontal_distance_to_hydrology",
+    "vertical_distance_to_hydrology",
+    "horizontal_distance_to_roadways",
+    "hillshade_9am",
+    "hillshade_noon",
+    "hillshade_3pm",
+    "horizontal_distance_to_fire_points",
 )
 
 _ENTRIES = (
@@ -153,8 +161,8 @@ _ENTRIES = (
     ),
     Entry(
         name="emnist",
-        description="EMNIST byclass: handwritten digits, capitals and small letters, 62 classes, 28 x 28 grey pixels, upright; the "
-        "116,323 images of the test part, or all 814,255 (training part first) where both are there",
+        description="EMNIST byclass: handwritten digits, capitals and small letters, 62 classes, 28 x 28 grey pixels, upright; "
+        "the 116,323 images of the test part, or all 814,255 (training part first) where both are there",
         licence="public domain (NIST Special Database 19; Cohen et al. 2017)",
         alternatives=((_EMNIST_TEST,), (Expected((697932, 784)), _EMNIST_TEST)),
         sources=(

@@ -172,8 +172,8 @@ def anomaly_split(
     wanted = [round(len(part) * contamination / (1.0 - contamination)) for part in (train, validation)]
     if sum(wanted) >= len(anomalies):
         raise ValueError(
-            f"contamination: {contamination} puts {sum(wanted)} anomalies into train and validation, but there are {len(anomalies)} "
-            "and at least one must be left to test"
+            f"contamination: {contamination} puts {sum(wanted)} anomalies into train and validation, but there are "
+            f"{len(anomalies)} and at least one must be left to test"
         )
     first, second = wanted[0], wanted[0] + wanted[1]
     train = rng.permutation(np.concatenate([train, anomalies[:first]]))
@@ -236,7 +236,8 @@ def _draw_share(novel: np.ndarray, n_normal: int, share: float, rng: np.random.G
     wanted = round(n_normal * share / (1.0 - share))
     if not 1 <= wanted <= len(novel):
         raise ValueError(
-            f"novel_share: {share} of a test set with {n_normal} normal rows takes {wanted} novel rows, there are {len(novel)}"
+            f"novel_share: {share} of a test set with {n_normal} normal rows takes {wanted} novel rows, "
+            f"there are {len(novel)}"
         )
     return np.sort(rng.choice(novel, size=wanted, replace=False))
 

@@ -1,0 +1,117 @@
+"""Parquet, row group by row group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .tables import Batch, Opened, Selection, TableError, parse_labels
+
+BATCH_ROWS = 65_536
+
+
+def open_parquet(path: Path, selection: Selection) -> Opened:
+    """Open a Parquet file; only the columns asked for are read, and a batch of rows at a time.
+
+    Integers, floats, decimals and booleans are numbers; a null is NaN.
+
+    Raises
+    ------
+    TableError
+        A damaged file, no rows, a column that is not there, a feature of another type, a null label.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ImportError("reading Parquet files needs pyarrow: pip install 'rvae-fast[data]'") from error
+    try:
+        file = parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(f"{path}: not a readable Parquet file ({error})") from error
+    features = selection.features(tuple(file.schema_arrow.names), path)
+    if file.metadata.num_rows == 0:
+        raise TableError(f"{path}: it has columns but no rows")
+    _check_numeric(path, file, features)
+    types = [_value_type(file.schema_arrow.field(name).type) for name in features]
+    single = all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in types)
+    return Opened(features, _batches(path, file, features, selection, np.float32 if single else np.float64))
+
+
+def _value_type(kind: Any) -> Any:
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _check_numeric(path: Path, file: Any, features: tuple[str, ...]) -> None:
+    import pyarrow as pa
+
+    bad = []
+    for name in features:
+        kind = _value_type(file.schema_arrow.field(name).type)
+        tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
+        if not any(test(kind) for test in tests):
+            bad.append(f"{name!r} ({kind}{_first_value(file, name)})")
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise TableError(
+            f"{path}: columns that are not numeric: {shown}; leave them out (drop or columns), "
+            "or name one as label or id"
+        )
+
+
+def _first_value(file: Any, name: str) -> str:
+    """Return ", first VALUE, row N" for a column that has a value in its first batch."""
+    for batch in file.iter_batches(batch_size=1024, columns=[name]):
+        for row, value in enumerate(batch.column(0).to_pylist()):
+            if value is not None:
+                return f", first {value!r}, row {row}"
+        break
+    return ""
+
+
+def _batches(
+    path: Path, file: Any, features: tuple[str, ...], selection: Selection, dtype: type[np.floating[Any]]
+) -> Iterator[Batch]:
+    import pyarrow as pa
+    import pyarrow.compute as compute
+
+    target = pa.float32() if dtype is np.float32 else pa.float64()
+    apart = [name for name in (selection.label, selection.id) if name is not None]
+    start = 0
+    try:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[*features, *dict.fromkeys(apart)]):
+            X = np.empty((batch.num_rows, len(features)), dtype=dtype)
+            for index, name in enumerate(features):
+                column = batch.column(name)
+                if pa.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                # unsafe: integers above 2**53 may be rounded, as by any conversion to float64
+                X[:, index] = compute.cast(column, target, safe=False).to_numpy(zero_copy_only=False)
+            labels = _plain(batch, selection.label)
+            if selection.label is not None and batch.column(selection.label).null_count:
+                row = start + int(
+                    np.flatnonzero(batch.column(selection.label).is_null().to_numpy(zero_copy_only=False))[0]
+                )
+                raise TableError(f"{path}: label {selection.label!r} has no value in row {row}")
+            if labels is not None and labels.dtype.kind not in "biuf":
+                labels = parse_labels(labels.astype(str))
+            yield Batch(X, _plain(batch, selection.id), labels)
+            start += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(f"{path}: cannot be read to its end; the file is damaged ({error})") from error
+
+
+def _plain(batch: Any, name: str | None) -> np.ndarray | None:
+    import pyarrow as pa
+
+    if name is None:
+        return None
+    column = batch.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return np.asarray(column.to_numpy(zero_copy_only=False))
