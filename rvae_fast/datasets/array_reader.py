@@ -26,12 +26,14 @@ def open_npy(path: Path, selection: Selection) -> Opened:
     TableError
         A damaged file, pickled objects, or an array that is not rows of numbers.
     """
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start != b"\x93NUMPY":
+        raise TableError(f"{path}: not an .npy file (it starts with {start!r})")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise TableError(f"{path}: not a readable .npy array ({error})") from error
-    if not isinstance(array, np.ndarray):
-        raise TableError(f"{path}: not an .npy array but {type(array).__name__}")
     return _open_array(path, array, None, selection, {})
 
 

@@ -43,16 +43,21 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         yield
 
 
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what killed downloads of a data set have left in the cache.
+
+    The caller holds its lock, so none is in use.
+    """
+    for stale in folder.glob(f".fetch-{name}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for stale in folder.glob(f".{name}.npz.*.part"):
+        stale.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def working_folder(folder: Path, name: str) -> Iterator[Path]:
-    """Make a temporary folder inside the cache for a download, and remove it afterwards.
-
-    What killed downloads of the same data set have left is removed too, so the caller must hold its lock.
-    """
-    prefix = f".fetch-{name}-"
-    for stale in folder.glob(f"{prefix}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    """Make a temporary folder inside the cache for a download, and remove it afterwards."""
+    work = Path(tempfile.mkdtemp(prefix=f".fetch-{name}-", dir=folder))
     try:
         yield work
     finally:
@@ -86,12 +91,12 @@ def store_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read every array of an .npz, running no code (pickles refused); ValueError if it is damaged."""
+    with open(path, "rb") as file:
+        is_zip = zipfile.is_zipfile(file)
+    if not is_zip:
+        raise ValueError(f"{path}: damaged, or not an .npz file")
     try:
         with np.load(path, allow_pickle=False) as bundle:
-            if not isinstance(bundle, np.lib.npyio.NpzFile):
-                raise ValueError("not an .npz file")
             return {key: bundle[key] for key in bundle.files}
     except (zipfile.BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{path}: damaged file ({type(error).__name__}: {error})") from error

@@ -147,13 +147,9 @@ def _layout(path: Path, options: CsvOptions) -> _Layout:
     encoding = _find_encoding(head) if options.encoding is None else options.encoding
     wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32", "utf16", "utf32"))
     try:
-        text = head.decode(encoding, errors="strict" if options.encoding else "replace")
-    except UnicodeDecodeError as error:
-        if error.end < len(head) - 4:  # not merely a character cut by the end of the head
-            raise TableError(
-                f"{path}: not text in {encoding} (byte {error.start} is {head[error.start]:#04x})"
-            ) from error
-        text = head[: error.start].decode(encoding)
+        # Line by line, as a file may mix encodings; but whole where a line end is not one byte.
+        lines = [head] if wide else head.splitlines(keepends=True)
+        text = "".join(line.decode(encoding, "replace") if wide else _decode(line, encoding) for line in lines)
     except LookupError as error:
         raise ValueError(f"encoding: unknown encoding {options.encoding!r}") from error
     text = text.removeprefix("\ufeff")
@@ -162,21 +158,16 @@ def _layout(path: Path, options: CsvOptions) -> _Layout:
     if "\0" in text:
         raise TableError(f"{path}: not a text file (it holds zero bytes); expected CSV")
     delimiter = options.delimiter or _find_delimiter(text)
-    first, lines = _first_record(text, delimiter)
+    first, n_lines = _first_record(text, delimiter)
     header = not all(_is_number(cell, options.decimal) for cell in first) if options.header is None else options.header
     names = tuple(_name(cell, index) for index, cell in enumerate(first)) if header else numbered_names(len(first))
     # Arrow counts skipped lines as they are in the file, blank ones too
-    return _Layout(names, delimiter, options.decimal, lines if header else 0, encoding, wide)
+    return _Layout(names, delimiter, options.decimal, n_lines if header else 0, encoding, wide)
 
 
 def _find_encoding(head: bytes) -> str:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    try:
-        head.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if error.end < len(head) - 4:
-            return "latin-1"
     return "utf-8-sig" if head.startswith(b"\xef\xbb\xbf") else "utf-8"
 
 

