@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rvae_fast.nn import ResidualStack as ResidualStack
     from rvae_fast.nn import Transition as Transition
     from rvae_fast.ops.reconstruction_kld import reconstruction_kld as reconstruction_kld
+    from rvae_fast.presets import preset as preset
     from rvae_fast.report import write_report as write_report
     from rvae_fast.scoring import score_rows as score_rows
     from rvae_fast.serialization import load as load
@@ -64,6 +65,7 @@ _PUBLIC = {
     "score_rows": "scoring",
     "save": "serialization",
     "load": "serialization",
+    "preset": "presets",
     "write_report": "report",
     "backend": "_backend",
     "current_backend": "_backend",

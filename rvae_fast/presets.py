@@ -27,8 +27,8 @@ def preset(name: str) -> dict[str, Any]:
     Parameters
     ----------
     name : {"table", "image"}
-        ``"image"`` is the article's network and its 200 epochs (10 layers a side, bottleneck 20, batches of 256), with a
-        cosine schedule from 2e-3; the measurements behind the choice are in ``docs/notes/defaults.md``.
+        ``"image"`` is the article's network and its 200 epochs (10 layers a side, bottleneck 20, batches of 256), with
+        a cosine schedule from 2e-3; the measurements behind the choice are in ``docs/notes/defaults.md``.
 
     Returns
     -------
