@@ -1,0 +1,267 @@
+"""What the four detectors share: a scaler, a network, a threshold, and scikit-learn's manners."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, OutlierMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from rvae_fast import _detector_options as options
+from rvae_fast._precision import resolve_device
+from rvae_fast._validation import check_choice, check_finite, check_table, check_unit_range, name_columns
+from rvae_fast.models import Autoencoder
+from rvae_fast.preprocessing import chunks, fit_scaler, scaled_table
+from rvae_fast.scoring import map_rows, score_parts
+from rvae_fast.training import train
+
+
+class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]
+    """Common base of the detectors; make an :class:`~rvae_fast.RVAEDetector` or one of its siblings."""
+
+    _model_class: ClassVar[type[Autoencoder]]
+
+    # Parameters every detector has; the classes set them in their own __init__, as scikit-learn wants it.
+    scaler: str | None
+    missing: str
+    latent_features: int | None
+    n_layers: int | None
+    widths: Any
+    likelihood: str
+    contamination: float
+    random_state: Any
+    device: str
+    precision: str
+    resume: bool | str
+    verbose: int
+
+    def fit(self, X: Any, y: Any = None) -> BaseDetector:
+        """Learn what normal rows look like.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor [n_rows, n_features]
+            Any real dtype, at least 2 rows; it may hold a few anomalies. Left as it is. Of a memory-mapped array
+            (``numpy.memmap``) no copy is made in memory: the scaled rows go to a temporary file, 4 bytes a value.
+        y : ignored
+            Present for scikit-learn's conventions.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the parameter or the columns at fault, what came and what was expected.
+        rvae_fast.training.NonFiniteError
+            When the loss or a gradient becomes NaN or infinite.
+        """
+        self.__dict__.pop("offset_", None)  # not fitted until the end, whatever was fitted before
+        options.check(self)
+        # One draw from a RandomState or from NumPy's global one; the same int gives the same detector.
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        config = options.training_config(self, seed)
+        table = check_table(self, X, reset=True, min_rows=2)
+        names = getattr(self, "feature_names_in_", None)
+        check_finite(chunks(table), names, allow_nan=self.missing != "error")
+        # torch's global generator belongs to the user: initialisation draws from a forked one.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._model_class(table.shape[1], **options.model_options(self, table.shape[1]))
+        if self.likelihood == "bernoulli" and self.scaler is None:
+            check_unit_range(chunks(table), names)
+        self.scaler_ = fit_scaler(table, self.scaler, self.missing, names)
+        if self.scaler_.constant.any():
+            warnings.warn(
+                f"constant {name_columns(self.scaler_.constant, names)}: nothing to learn there; any other value will "
+                "count as an error in its own units",
+                UserWarning,
+                stacklevel=2,
+            )
+        with scaled_table(table, self._scaled_parts(table)) as rows:
+            self.history_ = train(model, rows, config, resume=self.resume)
+            self.model_ = model.eval()
+            self.n_iter_ = len(self.history_.epochs)
+            scores = -np.concatenate(list(score_parts(model, rows, **self._scoring_options())))
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"{np.count_nonzero(~np.isfinite(scores))} training rows have no finite score: the network overflows "
+                "on them; a lower learning_rate, or scaler='standard', prevents that"
+            )
+        self.offset_ = float(np.percentile(scores, 100.0 * self.contamination))
+        return self
+
+    def score_samples(self, X: Any) -> NDArray[np.float64]:
+        """Score rows, higher being more normal: minus the reconstruction error (or minus the negative ELBO).
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor [n_rows, n_features]
+            Read in chunks, so a memory-mapped array may be larger than memory.
+
+        Returns
+        -------
+        ndarray [n_rows] float64
+            In scaled units; ``-inf`` for a row on which the network overflows.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+        TypeError, ValueError
+            For a table of another width or other columns, or with values not finite, naming the columns.
+        """
+        table = self._check(X)
+        parts = score_parts(self.model_, self._scaled_parts(table), **self._scoring_options())
+        return -np.concatenate(list(parts))
+
+    def score_chunks(self, parts: Iterable[Any]) -> Iterator[NDArray[np.float64]]:
+        """Score an iterable of tables chunk by chunk, for data that never are in memory together.
+
+        Parameters
+        ----------
+        parts : iterable of array-like, DataFrame or Tensor [n, n_features]
+
+        Yields
+        ------
+        ndarray [n] float64
+            :meth:`score_samples` of each chunk, in order.
+        """
+        check_is_fitted(self)
+        for part in parts:
+            yield self.score_samples(part)
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """``score_samples(X) - offset_`` ``[n_rows]``: below 0 is an anomaly."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> NDArray[np.int64]:
+        """+1 for a normal row, -1 for an anomaly ``[n_rows]``."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def transform(self, X: Any) -> NDArray[Any]:
+        """The code of each row ``[n_rows, latent_features]`` (for a VAE its mean), fp32 for fp32 input, else fp64."""
+
+        def encode(rows: Tensor) -> Tensor:
+            code = self.model_.encode(rows)
+            return code[0] if isinstance(code, tuple) else code
+
+        table = self._check(X)
+        return self._map(table, encode).astype(np.float32 if table.dtype == np.float32 else np.float64, copy=False)
+
+    def reconstruct(self, X: Any) -> NDArray[np.float64]:
+        """What the network makes of each row ``[n_rows, n_features]``, in the units of ``X``."""
+        table = self._check(X)
+        return self.scaler_.inverse_transform(self._map(table, self._reconstruct))
+
+    def feature_errors(self, X: Any, *, units: str = "input") -> NDArray[np.float64]:
+        """Error of each value: which columns make a row anomalous.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor [n_rows, n_features]
+        units : {"input", "score"}, default "input"
+            ``"input"``: the distance ``|x - reconstruction|`` in the column's own units. ``"score"``: what the column
+            adds to the reconstruction error of its row; comparable between columns.
+
+        Returns
+        -------
+        ndarray [n_rows, n_features] float64
+        """
+        check_choice("units", units, ("input", "score"))
+        table = self._check(X)
+        errors = np.empty(table.shape)
+        start = 0
+        for scaled in self._scaled_parts(table):
+            seen = map_rows(self.model_, scaled, self._reconstruct, **self._network_options())
+            part = errors[start : start + len(seen)]
+            start += len(seen)
+            if units == "input":
+                np.multiply(np.abs(seen - scaled), self.scaler_.scale, out=part)
+            elif self.likelihood == "squared":
+                np.square(seen - scaled, out=part)
+            elif self.likelihood == "absolute":
+                np.abs(seen - scaled, out=part)
+            else:
+                seen = seen.clip(1e-7, 1 - 1e-7)
+                part[...] = -(scaled * np.log(seen) + (1 - scaled) * np.log1p(-seen))
+        return errors
+
+    @property
+    def threshold_(self) -> float:
+        """Anomaly score (``-score_samples``) above which a row is an anomaly: ``-offset_``."""
+        check_is_fitted(self)
+        return -self.offset_
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted detector as one file; see :func:`rvae_fast.save`."""
+        from rvae_fast.serialization import save
+
+        save(self, path)
+
+    # --- private ---
+
+    def _keep(self, parameters: dict[str, Any]) -> None:
+        """Set the parameters of ``__init__``, given its ``locals()``, as attributes, unchecked: scikit-learn's rule."""
+        for name, value in parameters.items():
+            if name != "self":
+                setattr(self, name, value)
+
+    def _network_options(self) -> dict[str, Any]:
+        return {"device": resolve_device(self.device, self.model_), "precision": self.precision}
+
+    def _scoring_options(self) -> dict[str, Any]:
+        kld_weight = 1.0 if getattr(self, "anomaly_score", None) == "elbo" else 0.0
+        return {"kld_weight": kld_weight, **self._network_options()}
+
+    def _check(self, X: Any) -> NDArray[Any]:
+        check_is_fitted(self)
+        return check_table(self, X, reset=False)
+
+    def _scaled_parts(self, table: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+        """Filled and scaled chunks of a checked table; values that are no numbers are reported over the whole of it."""
+        names, allow_nan = getattr(self, "feature_names_in_", None), self.missing != "error"
+        for part in chunks(table):
+            if part.dtype.kind == "f" and not np.isfinite(part).all():
+                check_finite(chunks(table), names, allow_nan)
+            scaled = self.scaler_.transform(part)
+            # The cross-entropy of a target outside [0, 1] is not bounded below: beyond the range seen is its edge.
+            yield scaled.clip(0.0, 1.0) if self.likelihood == "bernoulli" else scaled
+
+    def _map(self, table: NDArray[Any], function: Any) -> NDArray[np.float64]:
+        options = self._network_options()
+        return np.concatenate([map_rows(self.model_, part, function, **options) for part in self._scaled_parts(table)])
+
+    def _reconstruct(self, rows: Tensor) -> Tensor:
+        code = self.model_.encode(rows)
+        return self.model_.decode(code[0] if isinstance(code, tuple) else code)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "offset_")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = self.missing != "error"
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    @property
+    def _n_features_out(self) -> int:
+        return int(self.model_.latent_features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = dict(super().__getstate__())
+        model = state.get("model_")
+        if model is not None and next(model.parameters()).device.type != "cpu":
+            # So that a pickle made on a GPU opens where there is none; scoring moves it again.
+            state["model_"] = copy.deepcopy(model).cpu()
+        return state

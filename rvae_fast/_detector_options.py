@@ -1,0 +1,78 @@
+"""From a detector's parameters to the arguments of its network and of its training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from rvae_fast._training_config import TrainingConfig
+from rvae_fast._validation import check_choice, check_contamination
+from rvae_fast.preprocessing import MISSING, SCALERS
+
+ANOMALY_SCORES = ("reconstruction", "elbo")
+
+#: Parameters that the network takes under the same name, where the detector has them.
+_MODEL = ("activation", "negative_slope", "likelihood", "order", "dropout", "init")
+
+#: Those that the training takes.
+_TRAINING = (
+    "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "warmup_epochs", "schedule", "max_grad_norm",
+    "accumulate", "validation_fraction", "patience", "min_delta", "kld_weight", "kld_warmup_epochs", "precision",
+    "device", "checkpoint",
+)  # fmt: skip
+
+
+def default_architecture(n_features: int) -> dict[str, Any]:
+    """Network for a table of so many columns: ``latent_features`` and either ``n_layers`` or ``widths`` and ``blocks``.
+
+    Up to 255 columns the rows are lifted to 128 features, narrowed to 64, and reduced to a code of about the square
+    root of the number of columns: with the width of a narrow table itself, the residual units would have nothing to
+    compute with. From 256 columns on (images), the article's ten layers, from the input's width to a code of 20.
+    """
+    if n_features >= 256:
+        return {"latent_features": 20, "n_layers": 10}
+    return {"latent_features": max(1, round(math.sqrt(n_features))), "widths": [128, 64], "blocks": [2, 1]}
+
+
+def check(detector: Any) -> None:
+    """Check the parameters that neither the network nor the training checks, naming the one at fault."""
+    check_contamination(detector.contamination)
+    check_choice("scaler", detector.scaler, SCALERS)
+    check_choice("missing", detector.missing, MISSING)
+    check_choice("anomaly_score", getattr(detector, "anomaly_score", "reconstruction"), ANOMALY_SCORES)
+    if not isinstance(detector.verbose, (bool, int, np.integer)):
+        raise TypeError(f"verbose must be an integer or a bool, got {detector.verbose!r}")
+    if detector.likelihood == "bernoulli" and detector.scaler == "standard":
+        raise ValueError(
+            "likelihood='bernoulli' needs values in [0, 1], which scaler='standard' does not give: use "
+            "scaler='minmax', or scaler=None for data that are there already"
+        )
+
+
+def training_config(detector: Any, seed: int) -> TrainingConfig:
+    """The training's configuration; its own checks name what is wrong."""
+    # A resumed run without a random_state has its seed in the checkpoint.
+    given_seed = None if detector.resume and detector.random_state is None else seed
+    given = {name: getattr(detector, name) for name in _TRAINING if hasattr(detector, name)}
+    return TrainingConfig(**given, seed=given_seed, progress=bool(detector.verbose))
+
+
+def model_options(detector: Any, n_features: int) -> dict[str, Any]:
+    """The network's arguments: those given, and for those left None the ones that suit the number of columns."""
+    chosen = default_architecture(n_features)
+    options = {name: getattr(detector, name) for name in _MODEL if hasattr(detector, name)}
+    latent = detector.latent_features
+    options["latent_features"] = chosen["latent_features"] if latent is None else latent
+    blocks = getattr(detector, "blocks", None)
+    if detector.widths is not None:
+        options["widths"] = detector.widths
+    elif detector.n_layers is None and "widths" in chosen:
+        options["widths"] = chosen["widths"]
+        blocks = chosen["blocks"] if blocks is None else blocks
+    else:
+        options["n_layers"] = chosen["n_layers"] if detector.n_layers is None else detector.n_layers
+    if hasattr(detector, "blocks"):
+        options["blocks"] = blocks
+    return options

@@ -1,0 +1,150 @@
+"""Rows to anomaly scores, in chunks: no more than one chunk of a table is ever copied.
+
+A row's score does not depend on the rows it came with. Matrix products pick another kernel, and with it another order
+of summation, for a handful of rows; so a batch is padded to a multiple of :data:`ROW_TILE` rows before it enters the
+network, after which a row alone and the same row among thousands meet the same kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rvae_fast._validation import check_choice
+from rvae_fast.preprocessing import chunk_rows, chunks
+
+#: Batches are padded to a multiple of so many rows (repeating the last one).
+ROW_TILE = 32
+
+#: Rows that go through the network at once.
+BATCH_ROWS = 4096
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def score_rows(
+    model: nn.Module,
+    x: Any,
+    *,
+    batch_size: int = BATCH_ROWS,
+    kld_weight: float = 0.0,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> NDArray[np.float64]:
+    """Anomaly scores of a table's rows, higher being more anomalous.
+
+    Parameters
+    ----------
+    model : AE, RAE, VAE or RVAE
+        Scored as in eval mode; its own mode is left as it was.
+    x : ndarray, memory map or Tensor [n, in_features], or an iterable of such chunks
+        In the model's units (a detector scales; this does not).
+    batch_size : int, default 4096
+        Rows that go through the network at once.
+    kld_weight : float, default 0.0
+        1.0 adds a VAE's KL divergence to the reconstruction error.
+    device : str or torch.device, optional
+        Where to score; the model is moved there. By default where the model is.
+    precision : {"auto", "fp32", "bf16"}, default "auto"
+        ``"bf16"`` runs the network under autocast. ``"auto"`` is fp32: a small reconstruction error is the difference
+        of two nearly equal numbers, of which bf16 keeps three digits.
+
+    Returns
+    -------
+    ndarray [n] float64
+        Infinite for a row on which the network overflows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument: a chunk of the wrong shape or dtype, a batch_size below 1, an unknown precision.
+    """
+    parts = list(score_parts(model, x, batch_size, kld_weight, device, precision))
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def score_parts(
+    model: nn.Module,
+    x: Any,
+    batch_size: int = BATCH_ROWS,
+    kld_weight: float = 0.0,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> Iterator[NDArray[np.float64]]:
+    """:func:`score_rows` as a generator: one array of scores per chunk of ``x``."""
+
+    def score(rows: Tensor) -> Tensor:
+        return model.anomaly_score(rows, kld_weight=kld_weight)  # type: ignore[operator,no-any-return]
+
+    for part in _parts(x):
+        scores = map_rows(model, part, score, batch_size=batch_size, device=device, precision=precision)
+        # An overflow is inf, or inf - inf; both mean that the network has never seen anything like this row.
+        scores[np.isnan(scores)] = np.inf
+        yield scores
+
+
+def map_rows(
+    model: nn.Module,
+    x: Any,
+    function: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int = BATCH_ROWS,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> NDArray[np.float64]:
+    """Apply a function of rows ``[b, in_features] -> [b, ...]`` to a table in padded batches; no gradients.
+
+    ``function`` sees fp32 batches on ``device``, a multiple of :data:`ROW_TILE` rows each; the padding's results are
+    dropped. Returns a float64 array ``[n, ...]``.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    check_choice("precision", precision, PRECISIONS)
+    at = next(model.parameters()).device if device is None else torch.device(device)
+    model.to(at)
+    width = model.in_features
+    if x.ndim != 2 or x.shape[1] != width:
+        raise ValueError(f"x must have shape [n, {width}], got {list(x.shape)}")
+    dtype = next(model.parameters()).dtype
+    out: NDArray[np.float64] | None = None
+    cast = torch.autocast(at.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    with torch.inference_mode(), cast:
+        for start in range(0, x.shape[0], batch_size):
+            rows = _batch(x[start : start + batch_size], at, dtype)
+            n = rows.shape[0]
+            short = -n % ROW_TILE
+            if short:
+                rows = torch.cat([rows, rows[-1:].expand(short, -1)])
+            result = function(rows)[:n].double().cpu().numpy()
+            if out is None:
+                out = np.empty((x.shape[0], *result.shape[1:]))
+            out[start : start + n] = result
+    return np.empty(0) if out is None else out
+
+
+def _batch(rows: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows.detach().to(device=device, dtype=dtype)
+    # A copy: torch warns about read-only arrays, and a memory map must not be held.
+    return torch.from_numpy(np.array(rows, dtype=np.float64 if dtype == torch.float64 else np.float32)).to(device)
+
+
+def _parts(x: Any) -> Iterator[Any]:
+    """The chunks of an array, of a tensor, or of an iterable of them."""
+    if isinstance(x, Tensor):
+        yield from x.split(chunk_rows(x.shape[-1])) if x.ndim == 2 else [x]
+    elif isinstance(x, np.ndarray):
+        yield from chunks(x) if x.ndim == 2 else [x]
+    elif isinstance(x, Iterable) and not isinstance(x, (str, bytes, dict)):
+        for number, part in enumerate(x):
+            if not isinstance(part, (Tensor, np.ndarray)):
+                raise TypeError(f"chunk {number} of x must be an ndarray or a Tensor, got {type(part).__name__}")
+            yield part
+    else:
+        raise TypeError(f"x must be an ndarray, a Tensor or an iterable of them, got {type(x).__name__}")
