@@ -9,11 +9,7 @@
 #include <vector>
 
 #include "build_facts.h"
-
-#if __has_include("cpu/cpu_features.h")
 #include "cpu/cpu_features.h"
-#define RVAE_HAS_CPU_FEATURES 1
-#endif
 
 namespace py = pybind11;
 
@@ -26,12 +22,10 @@ py::object text_or_none(const char* text) {
 // The instruction sets that this CPU and operating system offer, of those the library has code for.
 std::vector<std::string> cpu_instruction_sets() {
   std::vector<std::string> found;
-#ifdef RVAE_HAS_CPU_FEATURES
   if (rvae::cpu::has_avx2()) found.emplace_back("avx2");
   if (rvae::cpu::has_avx512()) found.emplace_back("avx512");
   if (rvae::cpu::has_avx512_bf16()) found.emplace_back("avx512bf16");
   if (rvae::cpu::has_amx_bf16()) found.emplace_back("amx");
-#endif
   return found;
 }
 
