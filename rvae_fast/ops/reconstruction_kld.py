@@ -15,7 +15,7 @@ public function.  The native kernel is in ``csrc/cpu/reconstruction_kld.cpp``.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def _backward(ctx: Any, grad_error: Tensor | None, grad_kld: Tensor | None) -> t
     if not any(needs):
         return (None,) * 7
     # Under create_graph=True the gradients must themselves be differentiable: take the reference's, which are.
-    run = reference.reconstruction_kld_backward if torch.is_grad_enabled() else _backward_op
+    run: Any = reference.reconstruction_kld_backward if torch.is_grad_enabled() else _backward_op
     grads = iter(run(grad_error, grad_kld, *inputs, ctx.likelihood, ctx.reduction, needs))
     return (*(next(grads) if need else None for need in needs), None, None)
 
@@ -183,8 +183,8 @@ def reconstruction_kld(
     mu: Tensor | None = None,
     logvar: Tensor | None = None,
     *,
-    likelihood: Literal["squared", "absolute", "bernoulli"] = "squared",
-    reduction: Literal["sum", "mean"] = "sum",
+    likelihood: str = "squared",
+    reduction: str = "sum",
     feature_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Per-sample reconstruction error and per-sample KL divergence of a (variational) autoencoder, in one pass.
