@@ -50,7 +50,7 @@ $(STAMP)/torch: requirements/torch.txt | $(STAMP)/venv
 	@touch $@
 
 $(STAMP)/build-tools: pyproject.toml | $(STAMP)/torch
-	@$(PY) build_tools/requirements.py build core > $(STAMP)/build-tools.txt
+	@$(PY) build_tools/project_requirements.py build core > $(STAMP)/build-tools.txt
 	@$(PIP) -r $(STAMP)/build-tools.txt
 	@touch $@
 
@@ -63,7 +63,7 @@ $(STAMP)/install: $(BUILD_FILES) $(NATIVE_SOURCES) $(STAMP)/torch $(STAMP)/build
 
 # The packages of one extra of pyproject.toml.
 $(STAMP)/extra-%: pyproject.toml | $(STAMP)/install
-	@$(PY) build_tools/requirements.py $* > $(STAMP)/extra-$*.txt
+	@$(PY) build_tools/project_requirements.py $* > $(STAMP)/extra-$*.txt
 	@$(PIP) -r $(STAMP)/extra-$*.txt
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Print requirements that pyproject.toml declares, one a line: `python build_tools/requirements.py build test`.
+"""Print requirements that pyproject.toml declares, one a line: `python build_tools/project_requirements.py build test`.
 
 `build` means the build system's requirements, `core` the project's dependencies, any other name an extra. For the
 Makefile, which installs them without building the project again for each extra.
