@@ -12,7 +12,7 @@ used.
 from __future__ import annotations
 
 from .cache import cache_folder
-from .fetch import DatasetInfo, fetch, fetch_all, list_datasets, load, names
+from .loading import DatasetInfo, fetch, fetch_all, list_datasets, load, names
 from .readers import iter_table, read_table
 from .splits import NoveltySplit, anomaly_split, novelty_split
 from .tables import Table, TableError, anomaly_labels

@@ -192,7 +192,7 @@ def _name(cell: str, index: int) -> str:
 
 def _is_number(cell: str, decimal: str = ".") -> bool:
     text = cell.strip()
-    if not text or "_" in text:
+    if not text or "_" in text or (decimal != "." and "." in text):
         return False
     try:
         float(text.replace(decimal, "."))

@@ -137,7 +137,7 @@ def from_openml(data_name: str, version: int, n_classes: int = 10) -> Callable[[
         from sklearn.datasets import fetch_openml
 
         X, y = fetch_openml(
-            data_name, version=version, data_home=str(work), return_X_y=True, as_frame=False, parser="liac-arff"
+            data_name, version=version, data_home=str(work), return_X_y=True, as_frame=False, parser="auto"
         )
         labels = y.astype(np.int64)
         if labels.max() >= n_classes:
