@@ -54,6 +54,7 @@ class History:
 
     def append_steps(self, rows: np.ndarray | list[list[float]]) -> None:
         """Add ``[n, 4]`` step records."""
+        rows = np.asarray(rows, dtype=np.float64).reshape(-1, len(STEP_COLUMNS))
         needed = self._n_steps + len(rows)
         if needed > len(self._steps):
             # Doubling keeps a million appends linear; a list of lists would cost a checkpoint a conversion each time.

@@ -51,7 +51,7 @@ class Optimizer:
         """Global L2 norm of the gradients, a scalar on their device."""
         norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
         if len(self._groups) > 1:
-            norms = [norm.to(self.parameters[0].dtype) for norm in norms]
+            norms = tuple(norm.to(self.parameters[0].dtype) for norm in norms)
         return torch.linalg.vector_norm(torch.stack(norms))
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class Optimizer:
             if group:
                 self._kernel(
                     [self.parameters[i] for i in group],
-                    [self.parameters[i].grad for i in group],
+                    [self.parameters[i].grad for i in group],  # type: ignore[misc]
                     [self._exp_avg[i] for i in group],
                     [self._exp_avg_sq[i] for i in group],
                     [],

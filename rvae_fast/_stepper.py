@@ -160,7 +160,7 @@ class Stepper:
                 bad = (~torch.isfinite(term)).nonzero()
                 if len(bad):
                     row = int(index[int(bad[0])])
-                    return name, f"row {row} of the input has {name} {float(term[bad[0]]):g}{where}"
+                    return name, f"row {row} of the input has {name} {float(term.detach()[bad[0]]):g}{where}"
             ((error.sum() + kld_weight * kld.sum()) / n).backward()
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):

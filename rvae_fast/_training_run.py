@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rvae_fast import _checkpoint, _rng
+from rvae_fast._checkpoint import CheckpointError
 from rvae_fast._history import History
 from rvae_fast._interrupt import DeferredInterrupt
 from rvae_fast._nonfinite import NonFiniteError, find_in_rows, non_finite_weight
@@ -74,16 +75,14 @@ class Run:
         self.began = time.perf_counter()
         self.best: dict[str, Tensor] | None = None
         self.best_loss, self.stale = math.inf, 0
-        if saved is not None:
-            self._restore(*saved)
         sync_every = config.sync_every or (1 if device.type == "cpu" else 50)
         self.stepper = Stepper(
             model, self.rows, self.schedule, self.history,
             seed=self.seed, precision=self.precision, sync_every=sync_every,
         )  # fmt: skip
-        if saved is not None:
-            self.stepper.optimizer.load(_checkpoint.subset(saved[0], "optimizer."))
         self.resumed = saved is not None
+        if saved is not None:
+            self._restore(*saved)
 
     def _split(self, separate: bool) -> tuple[Tensor, Tensor | None]:
         """Indices of the rows to train on and of those to validate on (in :attr:`held_out`), if any."""
@@ -236,12 +235,14 @@ class Run:
             "device": self.device.type,
         }
 
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        state |= {f"optimizer.{name}": value for name, value in self.stepper.optimizer.tensors().items()}
+        return state | {"history.steps": torch.from_numpy(self.history.steps.copy())}
+
     def _save(self) -> None:
         self.stepper.read()  # raises, and leaves the old file, if a step since the last reading went wrong
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"optimizer.{name}": value for name, value in self.stepper.optimizer.tensors().items()}
-        tensors |= {f"best.{name}": value for name, value in (self.best or {}).items()}
-        tensors["history.steps"] = torch.from_numpy(self.history.steps.copy())
+        tensors = self._state() | {f"best.{name}": value for name, value in (self.best or {}).items()}
         spent = self.spent + time.perf_counter() - self.began
         header = {
             "identity": self._identity,
@@ -253,14 +254,22 @@ class Run:
         _checkpoint.save(str(self.config.checkpoint), tensors, header)
 
     def _restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        _checkpoint.require_same(str(self.config.checkpoint), header["identity"], self._identity)
+        path = str(self.config.checkpoint)
+        try:
+            _checkpoint.require_same(path, header["identity"], self._identity)
+            if missing := self._state().keys() - tensors.keys():
+                raise KeyError(sorted(missing)[0])
+            position, stale, best_loss = header["position"], header["stale"], header["best_loss"]
+            history = History.from_dict({**header["history"], "steps": tensors["history.steps"].numpy()})
+            epoch, group, spent = position["epoch"], position["group"], position["spent"]
+            best = {name: value.to(self.device) for name, value in _checkpoint.subset(tensors, "best.").items()}
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path!r} is a checkpoint without {error}: it is damaged") from error
         self.model.load_state_dict(_checkpoint.subset(tensors, "model."))
-        self.history = History.from_dict({**header["history"], "steps": tensors["history.steps"].numpy()})
-        self.history.interrupted = False
-        position = header["position"]
-        self.epoch, self.group, self.spent = position["epoch"], position["group"], position["spent"]
-        best = _checkpoint.subset(tensors, "best.")
+        self.stepper.optimizer.load(_checkpoint.subset(tensors, "optimizer."))
+        self.stepper.guard.save()
+        history.interrupted = False
+        self.history = self.stepper.history = history
+        self.epoch, self.group, self.spent, self.stale = epoch, group, spent, stale
         if best:
-            self.best = {name: value.to(self.device) for name, value in best.items()}
-            self.best_loss = header["best_loss"]
-        self.stale = header["stale"]
+            self.best, self.best_loss = best, best_loss
