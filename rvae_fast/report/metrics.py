@@ -26,8 +26,8 @@ def check_scores(scores: ArrayLike) -> NDArray[np.float64]:
     Raises
     ------
     ValueError
-        If ``scores`` is not one-dimensional, is empty, or holds NaN or minus infinity (which are counted). Plus infinity
-        is a score: that of a row on which the network overflows.
+        If ``scores`` is not one-dimensional, is empty, or holds NaN or minus infinity (which are counted). Plus
+        infinity is a score: that of a row on which the network overflows.
     """
     array = np.asarray(scores)
     if array.dtype.kind not in "fiub":

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from rvae_fast.report.metrics import Evaluation
     from rvae_fast.report.theme import Picture
 
-__all__ = ["output_files", "versions", "write_report"]
+__all__ = ["is_report", "output_files", "versions", "write_report"]
 
 _LISTED = 20
+_GENERATOR = b'<meta name="generator" content="rvae-fast">'
 _NAMES = (
     *("score-histogram", "roc", "precision-recall", "loss", "gradient-norm"),
     *("reconstructions-worst", "reconstructions-best"),
@@ -39,6 +40,11 @@ def output_files(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Path]]:
     if target.suffix.lower() in {".html", ".htm"}:
         return target, {name: target.with_name(f"{target.stem}-{name}.png") for name in _NAMES}
     return target / "index.html", {name: target / f"{name}.png" for name in _NAMES}
+
+
+def is_report(path: Path) -> bool:
+    """Return whether ``path`` is an HTML file that :func:`write_report` wrote."""
+    return path.is_file() and _GENERATOR in path.read_bytes()[:4096]
 
 
 def versions() -> dict[str, str]:
@@ -180,8 +186,8 @@ def write_report(
         An ``.html`` file, or a directory that gets ``index.html``. Missing directories are made. Existing files of the
         same names are replaced, each in one step; pictures of an earlier report that this one lacks are removed.
     scores : array-like of shape (n,)
-        Anomaly scores, higher meaning more anomalous (``-score_samples(X)``); infinity is one that overflowed. Ten million are
-        fine: figures are exact, curves are thinned for drawing.
+        Anomaly scores, higher meaning more anomalous (``-score_samples(X)``); infinity for a row that overflows. Ten
+        million are fine: figures are exact, curves are thinned for drawing.
     threshold : float
         Rows scoring above it are flagged.
     labels : array-like of shape (n,), optional
@@ -315,13 +321,15 @@ def write_report(
 
     target, places = output_files(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # A picture that an earlier report left would pass for one of this report; anybody else's file stays.
+    replaced = is_report(target)
     files = {picture.name: picture.light for picture in about_scores + about_training} | (
         gallery.sheets if gallery else {}
     )
     for name, place in places.items():
         if name in files:
             _write(place, files[name])
-        else:
+        elif replaced:
             place.unlink(missing_ok=True)
     _write(target, html.encode("utf-8"))
     return target

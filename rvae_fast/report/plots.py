@@ -92,7 +92,7 @@ def plot_histogram(
         draw,
         name="score-histogram",
         title="Distribution",
-        alt=f"Histogram of {rows:,} anomaly scores{kinds}{span}, threshold {number(threshold)}, {above:,} rows above it.",
+        alt=f"Histogram of {rows:,} anomaly scores{kinds}{span}; {above:,} above the threshold {number(threshold)}.",
         caption=caption,
     )
 

@@ -45,6 +45,8 @@ def plot_loss(epochs: list[Mapping[str, Any]], best_epoch: int | None) -> Pictur
     marker = "o" if len(epochs) <= 3 else None
 
     def draw(axes: Axes, theme: Theme) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         if parts and error is not None and kld is not None:
             axes.plot(x, error, color=theme.faint, lw=1.2, ls="-.", marker=marker, label="reconstruction error")
             axes.plot(x, kld, color=theme.faint, lw=1.2, ls=":", marker=marker, label="KL divergence")
@@ -58,7 +60,7 @@ def plot_loss(epochs: list[Mapping[str, Any]], best_epoch: int | None) -> Pictur
             plain_log_ticks(axes.yaxis, *axes.get_ylim())
         axes.set_xlabel("epoch")
         axes.set_ylabel("loss per row" + (", log scale" if logarithmic else ""))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="best")
 
     end = f"from {number(train[0])} to {number(train[-1])}" if np.isfinite(train[[0, -1]]).all() else "recorded"

@@ -1,0 +1,301 @@
+"""``rvae-fast fit``: train a detector on a file of rows."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rvae_fast.cli.common import (
+    DebugOption,
+    ForceOption,
+    JsonOption,
+    command,
+    note,
+    print_json,
+    refuse_to_overwrite,
+    usage_error,
+)
+from rvae_fast.cli.fit_options import MODEL, PARAMETERS, TRAINING, as_parameters
+from rvae_fast.cli.score import QuietOption, ReportOption, ShapeOption
+from rvae_fast.cli.source import (
+    AnomalyOption,
+    DataArgument,
+    DelimiterOption,
+    IdOption,
+    KeyOption,
+    LabelOption,
+    NovelOption,
+    PartOption,
+    SplitSeedOption,
+)
+
+if TYPE_CHECKING:
+    from rvae_fast.cli.source import Source
+    from rvae_fast.datasets import Table
+
+__all__ = ["fit"]
+
+
+class Kind(str, Enum):
+    """The four networks."""
+
+    rvae = "rvae"
+    vae = "vae"
+    rae = "rae"
+    ae = "ae"
+
+
+class Preset(str, Enum):
+    """Kinds of data."""
+
+    table = "table"
+    image = "image"
+
+
+class Scaling(str, Enum):
+    """Scalers; ``none`` leaves the columns alone."""
+
+    standard = "standard"
+    minmax = "minmax"
+    none = "none"
+
+
+class Missing(str, Enum):
+    """What a missing value is."""
+
+    error = "error"
+    mean = "mean"
+    median = "median"
+
+
+def fit(
+    data: DataArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the model.")] = Path("model.safetensors"),
+    label: LabelOption = None,
+    anomaly_value: AnomalyOption = None,
+    keep_anomalies: Annotated[
+        bool, typer.Option("--keep-anomalies", help="Train on labelled anomalies too, instead of leaving them out.")
+    ] = False,
+    id_column: IdOption = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="The features, comma-separated [default: all but label and id].")
+    ] = None,
+    drop: Annotated[str | None, typer.Option("--drop", help="Columns to leave out, comma-separated.")] = None,
+    missing: Annotated[
+        Missing | None, typer.Option("--missing", help="A missing value is an error, or filled [default: error].")
+    ] = None,
+    key: KeyOption = None,
+    delimiter: DelimiterOption = None,
+    novel: NovelOption = None,
+    part: PartOption = None,
+    split_seed: SplitSeedOption = 0,
+    model: Annotated[
+        Kind,
+        typer.Option("--model", "-m", help="Residual (r) or plain, variational (v) or not.", rich_help_panel=MODEL),
+    ] = Kind.rvae,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            "--preset",
+            help="Defaults of the other options, by kind of data; image: pixels in 0..1 [default: by the data].",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    scaler: Annotated[
+        Scaling | None,
+        typer.Option("--scaler", help="[default: standard; with --preset image: none]", rich_help_panel=MODEL),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="The same seed gives the same model.", rich_help_panel=TRAINING)
+    ] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="Keep the state of the training in this file.", rich_help_panel=TRAINING),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from --checkpoint, with the same data and options.", rich_help_panel=TRAINING
+        ),
+    ] = False,
+    report: ReportOption = None,
+    image_shape: ShapeOption = None,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+    force: ForceOption = False,
+    debug: DebugOption = False,
+    **options: Any,
+) -> None:
+    """Train a detector on rows that are (mostly) normal.
+
+    Every column but label and id is a feature and must be a number. Labels are not learnt from: they only keep known
+    anomalies out of the training. The model file holds network, scaler, threshold and column names.
+
+    **Examples**
+
+    - `rvae-fast fit normal.csv --id serial --out model.safetensors --report report/`
+    - `rvae-fast fit readings.parquet --label faulty --epochs 200 --validation 0.1 --patience 20`
+    - `rvae-fast fit big.npy --checkpoint run.ckpt`, and if it is interrupted the same with `--resume`
+    - `rvae-fast fit mnist --novel 0 --out mnist.safetensors`
+
+    **Exit status**: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    from rvae_fast.cli.defaults import starting_parameters
+    from rvae_fast.cli.run import split_names
+    from rvae_fast.cli.source import binary_labels, frame, open_source, parse_shape
+
+    shape = parse_shape(image_shape)
+    outputs = [out]
+    if report is not None:
+        from rvae_fast.report.page import output_files
+
+        outputs.append(output_files(report)[0])
+    if resume and checkpoint is None:
+        usage_error("needs --checkpoint, the file to go on from", "--resume")
+    if checkpoint is not None and not resume:
+        outputs.append(checkpoint)
+    refuse_to_overwrite(outputs, force)
+
+    from rvae_fast import detector as detectors
+    from rvae_fast import presets
+    from rvae_fast.datasets.types import numbered_names
+    from rvae_fast.serialization import save
+
+    detector_class = getattr(detectors, f"{model.value.upper()}Detector")
+    known = inspect.signature(detector_class.__init__).parameters
+    given = as_parameters(options, known, model.value)
+    if missing is not None:
+        given["missing"] = missing.value
+    if scaler is not None:
+        given["scaler"] = None if scaler is Scaling.none else scaler.value
+
+    with contextlib.ExitStack() as stack:
+        source = open_source(
+            data,
+            stack,
+            label=label,
+            id_column=id_column,
+            columns=split_names(columns),
+            drop=split_names(drop),
+            key=key,
+            delimiter=delimiter,
+            novel=novel,
+            part=part,
+            default_part="train",
+            split_seed=split_seed,
+        )
+        table = source.read()
+        X, truth = table.X, None
+        if table.labels is not None:
+            truth = binary_labels([table.labels], anomaly_value)
+            if truth.any() and not keep_anomalies:
+                X = X[truth == 0]
+                if not quiet:
+                    note(f"left out {len(table.X) - len(X):,} labelled anomalies; training on {len(X):,} rows")
+        names = None if tuple(table.columns) == numbered_names(len(table.columns)) else table.columns
+        # What is given one by one wins over the preset, whose parameters the chosen model may not all have.
+        if preset is None:
+            start = starting_parameters(source.dataset or "", is_image=source.image_shape is not None)
+        else:
+            start = presets.preset(preset.value)
+        given = {name: value for name, value in start.items() if name in known} | given
+        if checkpoint is not None:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            given["checkpoint"] = str(checkpoint)
+            if not resume:
+                checkpoint.unlink(missing_ok=True)  # it exists only with --force
+        started = time.perf_counter()
+        detector = detector_class(**given, random_state=seed, resume=resume, verbose=0 if quiet else 1)
+        detector.fit(frame(X, names))
+        seconds = time.perf_counter() - started
+        if names is not None and not hasattr(detector, "feature_names_in_"):
+            import numpy as np
+
+            detector.feature_names_in_ = np.asarray(names, dtype=object)  # without pandas, fit saw no names
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save(detector, out)
+        page = None
+        if report is not None:
+            page = _report(report, detector, table, truth, source, shape or source.image_shape, seconds)
+    last = detector.history_.epochs[-1]
+    if json_output:
+        print_json(
+            {
+                "model": str(out),
+                "detector": detector_class.__name__,
+                "rows": len(X),
+                "features": X.shape[1],
+                "epochs": detector.n_iter_,
+                "best_epoch": detector.history_.best_epoch,
+                "train_loss": last["train_loss"],
+                "val_loss": last["val_loss"],
+                "threshold": detector.threshold_,
+                "seconds": round(seconds, 3),
+                "report": None if page is None else str(page),
+            }
+        )
+    if not quiet:
+        note(
+            f"trained {detector_class.__name__} on {len(X):,} rows x {X.shape[1]:,} features: {detector.n_iter_} epochs"
+            f" in {seconds:.1f} s, loss {last['train_loss']:.5g}, threshold {detector.threshold_:.6g}"
+        )
+        for path in (out, page):
+            if path is not None:
+                note(f"wrote {path}")
+
+
+def _report(
+    path: Path,
+    detector: Any,
+    table: Table,
+    truth: Any,
+    source: Source,
+    shape: tuple[int, ...] | None,
+    seconds: float,
+) -> Path:
+    """Write the report about all rows that were read, those left out of the training among them."""
+    from rvae_fast.cli.run import rate, score_named
+    from rvae_fast.report import write_report
+
+    started = time.perf_counter()
+    scores = score_named(detector, table.X)
+    speed = len(scores) / max(time.perf_counter() - started, 1e-9)
+    return write_report(
+        path,
+        scores=scores,
+        threshold=detector.threshold_,
+        labels=truth if truth is not None and truth.any() else None,
+        detector=detector,
+        X=table.X,
+        ids=None if table.ids is None else table.ids.tolist(),
+        image_shape=shape,
+        feature_names=table.columns,
+        title=f"Training on {source.name}",
+        description="Scores of the rows read for training; rows that the model has not seen score somewhat higher.",
+        facts={"Training": f"{seconds:.1f} s", "Scoring": rate(speed)},
+    )
+
+
+def _with_parameters() -> Any:
+    """Spell out ``**options`` in the signature, one argument a parameter of the detector, for typer to read."""
+    signature = inspect.signature(fit, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(p.variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=p.annotation())
+        for p in PARAMETERS
+    ]
+    wrapped = command(fit)
+    everything = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + more
+    wrapped.__signature__ = signature.replace(parameters=everything)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in everything} | {"return": None}
+    del wrapped.__wrapped__  # type: ignore[attr-defined]
+    return wrapped
+
+
+fit_command = _with_parameters()

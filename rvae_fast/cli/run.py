@@ -1,0 +1,161 @@
+"""The loop that ``score`` and ``evaluate`` share: read a chunk, score it, write it, keep what the report needs."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from rvae_fast.cli.common import fail
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from rvae_fast.cli.sink import ScoreSink
+    from rvae_fast.cli.source import Source
+    from rvae_fast.report import ExtremeRows
+
+__all__ = [
+    "ModelArgument",
+    "Scored",
+    "load_detector",
+    "progress",
+    "rate",
+    "report_arguments",
+    "run_scoring",
+    "score_named",
+    "split_names",
+]
+
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="File that `rvae-fast fit` (or rvae_fast.save) wrote.", show_default=False),
+]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known after the loop: all scores, the labels as read, and the rows at either end."""
+
+    scores: NDArray[np.float64]
+    labels: list[NDArray[Any]]
+    extremes: ExtremeRows | None
+    highest_id: str
+    seconds: float
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows a second, reading and writing included."""
+        return self.scores.size / max(self.seconds, 1e-9)
+
+
+def load_detector(path: Path, device: str | None) -> Any:
+    """Load a detector; an error says what else the file holds."""
+    from rvae_fast.serialization import load
+
+    detector = load(path, device=device)
+    if not hasattr(detector, "threshold_"):
+        fail(f"{path} holds a bare network ({type(detector).__name__}), without scaler and threshold; save a detector")
+    return detector
+
+
+def rate(rows_per_second: float) -> str:
+    """Return a throughput in words."""
+    return f"{rows_per_second:,.0f} rows/s"
+
+
+def progress(quiet: bool) -> Any:
+    """Return a rich progress display on standard error, which shows nothing where that is no terminal."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    from rvae_fast.cli.common import console
+
+    class Rows(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            total = "" if task.total is None else f"/{int(task.total):,}"
+            speed = f"  {rate(task.speed)}" if task.speed else ""
+            return Text(f"{int(task.completed):,}{total} rows{speed}")
+
+    screen = console()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        Rows(),
+        TimeElapsedColumn(),
+        console=screen,
+        disable=quiet or not screen.is_terminal,
+        transient=True,
+    )
+
+
+def score_named(detector: Any, X: Any) -> NDArray[np.float64]:
+    """Score rows whose columns are the detector's, in its order; higher is more anomalous."""
+    from rvae_fast.cli.source import frame
+
+    names = getattr(detector, "feature_names_in_", None)
+    if names is not None and len(names) == X.shape[1]:
+        X = frame(X, names)
+    with warnings.catch_warnings():
+        # A file without column names goes by position; its width is checked.
+        warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
+        return np.asarray(-detector.score_samples(X))
+
+
+def run_scoring(
+    detector: Any,
+    source: Source,
+    threshold: float,
+    *,
+    chunk_rows: int,
+    sink: ScoreSink | None = None,
+    keep_rows: bool = False,
+    quiet: bool = False,
+) -> Scored:
+    """Score all rows of ``source``, a chunk in memory at a time."""
+    from rvae_fast.report import ExtremeRows
+
+    source.use_columns(getattr(detector, "feature_names_in_", None))
+    extremes = ExtremeRows() if keep_rows else None
+    scores: list[NDArray[np.float64]] = []
+    labels: list[NDArray[Any]] = []
+    highest, highest_id = -np.inf, ""
+    started = time.perf_counter()
+    with progress(quiet) as bar:
+        task = bar.add_task("scoring", total=source.count())
+        for chunk in source.chunks(chunk_rows):
+            part = score_named(detector, chunk.X)
+            ids = chunk.row_ids()
+            scores.append(part)
+            if chunk.labels is not None:
+                labels.append(chunk.labels)
+            if sink is not None:
+                sink.write(ids, part, part > threshold)
+            if extremes is not None:
+                extremes.update(part, chunk.X, ids)
+            top = int(part.argmax())
+            if part[top] > highest:
+                highest, highest_id = float(part[top]), str(ids[top])
+            bar.advance(task, len(part))
+    if not scores:
+        fail(f"{source.name}: there are no rows in it")
+    return Scored(np.concatenate(scores), labels, extremes, highest_id, time.perf_counter() - started)
+
+
+def report_arguments(scored: Scored) -> dict[str, Any]:
+    """Return the arguments of ``write_report`` that come from the kept rows."""
+    if scored.extremes is None:
+        return {}
+    return {"X": scored.extremes.X, "rows": scored.extremes.rows, "ids": scored.extremes.ids}
+
+
+def split_names(text: str | None) -> Sequence[str]:
+    """Read a comma-separated list of column names."""
+    return () if text is None else [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,318 @@
+"""What a command reads: a file of rows, standard input, or a built-in data set by name."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rvae_fast.cli.common import fail, usage_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+
+    from rvae_fast.datasets import Dataset, Table
+
+__all__ = [
+    "AnomalyOption",
+    "DataArgument",
+    "DelimiterOption",
+    "IdOption",
+    "KeyOption",
+    "LabelOption",
+    "NovelOption",
+    "PartOption",
+    "Source",
+    "SplitSeedOption",
+    "binary_labels",
+    "frame",
+    "open_source",
+    "parse_shape",
+]
+
+PARTS = ("all", "train", "validation", "test")
+
+DataArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Rows: a .csv, .parquet, .npy, .npz or idx file; `-` for CSV on standard input; or a built-in data set"
+        " (`rvae-fast data`).",
+        show_default=False,
+    ),
+]
+LabelOption = Annotated[
+    str | None,
+    typer.Option("--label", help="Column (or .npz array) that says which rows are anomalies; never a feature."),
+]
+AnomalyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--anomaly-value",
+        help="Label that means anomaly; may be repeated. Not needed for 0/1, true/false, +1/-1 (-1 is the anomaly)"
+        " and normal/anomaly.",
+    ),
+]
+IdOption = Annotated[str | None, typer.Option("--id", help="Column that names the rows; never a feature.")]
+NovelOption = Annotated[
+    str | None,
+    typer.Option("--novel", help="Built-in images: the class that is the anomaly (`digits`, `mnist`: 0 to 9)."),
+]
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        help="Built-in data: all, train, validation or test. `fit` takes the normal training rows (60 %), `score` and"
+        " `evaluate` the test rows, unless this says otherwise.",
+    ),
+]
+SplitSeedOption = Annotated[int, typer.Option("--split-seed", min=0, help="Built-in data: seed of that split.")]
+KeyOption = Annotated[str | None, typer.Option("--key", help=".npz: name of the array that holds the rows.")]
+DelimiterOption = Annotated[
+    str | None, typer.Option("--delimiter", help="CSV: the separator, where the guess is wrong.")
+]
+
+
+@dataclass
+class Source:
+    """Rows to read, once or chunk by chunk.
+
+    Attributes
+    ----------
+    name : str
+        What to call it in messages and reports.
+    path : Path or None
+        The file; None for a built-in data set.
+    dataset : str or None
+        Name of the built-in data set.
+    labelled : bool
+        Whether chunks carry labels.
+    image_shape : tuple or None
+        Of built-in images.
+    """
+
+    name: str
+    path: Path | None = None
+    dataset: str | None = None
+    image_shape: tuple[int, int] | None = None
+    labelled: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    arrays: tuple[np.ndarray, np.ndarray | None, np.ndarray, tuple[str, ...]] | None = None
+
+    def use_columns(self, names: Sequence[str] | None) -> None:
+        """Read the features by these names; where the file has no names of its own, by position."""
+        if names is None or self.path is None or self.options.get("columns") or not self._has_names():
+            return
+        self.options["columns"] = [str(name) for name in names]
+        self.options["drop"] = ()
+
+    def read(self) -> Table:
+        """Read all rows."""
+        from rvae_fast.datasets import Table, read_table
+
+        if self.arrays is not None:
+            X, labels, rows, names = self.arrays
+            return Table(X, names, rows, labels)
+        assert self.path is not None
+        with self._own_name():
+            return read_table(self.path, **self.options)
+
+    def chunks(self, rows: int) -> Iterator[Table]:
+        """Read the rows in chunks of at most ``rows``."""
+        from rvae_fast.datasets import Table, iter_table
+
+        if self.arrays is not None:
+            X, labels, numbers, names = self.arrays
+            for start in range(0, len(X), rows):
+                part = slice(start, start + rows)
+                yield Table(X[part], names, numbers[part], None if labels is None else labels[part], start)
+            return
+        assert self.path is not None
+        with self._own_name():
+            yield from iter_table(self.path, rows, **self.options)
+
+    def count(self) -> int | None:
+        """Return the number of rows where the file tells it at once, for the progress bar."""
+        if self.arrays is not None:
+            return len(self.arrays[0])
+        assert self.path is not None
+        with contextlib.suppress(Exception):  # only a nicety: whatever is wrong, reading will say so properly
+            if self.path.suffix == ".npy":
+                import numpy as np
+
+                return len(np.load(self.path, mmap_mode="r", allow_pickle=False))
+            if self.path.suffix in {".parquet", ".pq"}:
+                import pyarrow.parquet as parquet
+
+                return int(parquet.ParquetFile(self.path).metadata.num_rows)
+        return None
+
+    def _has_names(self) -> bool:
+        from rvae_fast.datasets.readers import table_format
+
+        assert self.path is not None
+        kind = self.options.get("format") or table_format(self.path)
+        if kind == "npz":
+            import numpy as np
+
+            from rvae_fast.datasets.array_reader import NAME_KEYS
+
+            with contextlib.suppress(Exception), np.load(self.path, allow_pickle=False) as file:
+                return any(key in file.files for key in NAME_KEYS)
+        return kind in {"csv", "parquet"}
+
+    @contextlib.contextmanager
+    def _own_name(self) -> Iterator[None]:
+        """Put the name that the user gave into messages, in place of a temporary file's."""
+        try:
+            yield
+        except ValueError as error:
+            if self.path is not None and str(self.path) != self.name and str(self.path) in str(error):
+                raise ValueError(str(error).replace(str(self.path), self.name)) from error
+            raise
+
+
+def _spool_standard_input(stack: contextlib.ExitStack) -> Path:
+    """Copy standard input to a temporary file, in bounded memory: a reader needs to look at its beginning twice."""
+    import shutil
+
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None or sys.stdin.isatty():
+        usage_error("nothing is piped into standard input", "DATA")
+    temporary = tempfile.NamedTemporaryFile(prefix="rvae-fast-", suffix=".csv")  # noqa: SIM115  (the stack closes it)
+    file = stack.enter_context(temporary)
+    shutil.copyfileobj(stream, file, 1 << 20)
+    file.flush()
+    return Path(file.name)
+
+
+def open_source(
+    data: str,
+    stack: contextlib.ExitStack,
+    *,
+    label: str | None = None,
+    id_column: str | None = None,
+    columns: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    key: str | None = None,
+    delimiter: str | None = None,
+    novel: str | None = None,
+    part: str | None = None,
+    default_part: str = "test",
+    split_seed: int = 0,
+) -> Source:
+    """Find out what ``data`` is. An existing file wins over a data set of the same name.
+
+    Parameters
+    ----------
+    data : str
+        Path, ``-`` or the name of a built-in data set.
+    stack : ExitStack
+        Keeps a temporary copy of standard input until the command ends.
+    default_part : str
+        Part of a built-in data set to take where ``part`` is None.
+    """
+    if part is not None and part not in PARTS:
+        usage_error(f"{part!r} is not one of {', '.join(PARTS)}", "--part")
+    from rvae_fast import datasets
+
+    path = Path(data)
+    if data != "-" and not path.exists() and data in datasets.names():
+        for option, value in (("--label", label), ("--id", id_column), ("--columns", columns), ("--drop", drop)):
+            if value:
+                usage_error(f"the built-in data set {data!r} knows its own columns and labels", option)
+        return _builtin(datasets.load(data), novel, part, default_part, split_seed)
+    if novel is not None or part is not None:
+        usage_error(f"only built-in data sets have classes and parts; {data} is a file", "--novel/--part")
+    if data == "-":
+        path = _spool_standard_input(stack)
+    elif not path.exists():
+        from rvae_fast.datasets.types import nearest_name
+
+        fail(f"{data}: no such file, and no built-in data set of that name{nearest_name(data, datasets.names())}")
+    options: dict[str, Any] = {"label": label, "id": id_column, "drop": tuple(drop), "key": key, "delimiter": delimiter}
+    options["columns"] = list(columns) or None
+    if data == "-":
+        options["format"] = "csv"
+    return Source("standard input" if data == "-" else data, path, labelled=label is not None, options=options)
+
+
+def _builtin(dataset: Dataset, novel: str | None, part: str | None, default_part: str, seed: int) -> Source:
+    import numpy as np
+
+    from rvae_fast.datasets import anomaly_split, novelty_split
+
+    X = dataset.scaled() if dataset.value_range is not None else dataset.X
+    if dataset.is_image:
+        if novel is None:
+            if part not in (None, "all"):
+                usage_error("say which class is the anomaly", "--novel")
+            rows = np.arange(len(X))
+            return Source(
+                dataset.name, None, dataset.name, dataset.image_shape, arrays=(X, None, rows, dataset.feature_names)
+            )
+        split = novelty_split(X, dataset.y, dataset.class_index(novel), seed=seed)
+        labels = (dataset.y == dataset.class_index(novel)).astype(np.int64)
+        name = f"{dataset.name} (novel class {novel})"
+    else:
+        if novel is not None:
+            usage_error(f"{dataset.name} says itself which rows are anomalies", "--novel")
+        split = anomaly_split(X, dataset.y, seed=seed)
+        labels, name = dataset.y, dataset.name
+    part = part or default_part
+    rows = np.arange(len(X)) if part == "all" else getattr(split, f"{part}_indices")
+    return Source(
+        name if part == "all" else f"{name}, {part} rows",
+        dataset=dataset.name,
+        image_shape=dataset.image_shape,
+        labelled=True,
+        arrays=(X[rows], labels[rows], rows, dataset.feature_names),
+    )
+
+
+def binary_labels(labels: Sequence[np.ndarray], anomaly_values: Sequence[str] | None) -> np.ndarray:
+    """Join the labels of all chunks and turn them into 0 and 1."""
+    import numpy as np
+
+    from rvae_fast.datasets import anomaly_labels
+
+    parts = list(labels)
+    if len({part.dtype.kind in "biuf" for part in parts}) > 1:
+        parts = [part.astype(str) for part in parts]
+    try:
+        return anomaly_labels(np.concatenate(parts), list(anomaly_values) if anomaly_values else None)
+    except ValueError as error:
+        if anomaly_values:
+            raise
+        raise ValueError(f"{error}; on the command line: --anomaly-value VALUE") from error
+
+
+def frame(X: np.ndarray, names: Sequence[str] | None) -> Any:
+    """Give the columns of ``X`` their names, so that a detector's messages can use them; needs pandas, else ``X``."""
+    if names is None:
+        return X
+    try:
+        import pandas
+    except ImportError:
+        return X
+    return pandas.DataFrame(X, columns=list(names), copy=False)
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """Read ``28x28`` or ``32x32x3``."""
+    if text is None:
+        return None
+    try:
+        shape = tuple(int(side) for side in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if len(shape) not in (2, 3) or min(shape, default=0) < 1:
+        usage_error(f"{text!r} is not of the form 28x28 or 32x32x3", "--image-shape")
+    return shape
