@@ -15,7 +15,7 @@ from .types import numbered_names
 
 FEATURE_KEYS = ("X", "x", "data", "features", "images", "arr_0")
 NAME_KEYS = ("feature_names", "columns")
-BATCH_ROWS = 65_536
+BATCH_BYTES = 8 << 20
 
 
 def open_npy(path: Path, selection: Selection) -> Opened:
@@ -104,27 +104,21 @@ def _open_array(
         None if selection.id in outside else selection.id,
     )
     features = inside.features(all_names, path)
-    whole = Batch(
-        rows if features == all_names else rows[:, [all_names.index(name) for name in features]],
-        _one(rows, all_names, selection.id, outside),
-        _one(rows, all_names, selection.label, outside),
-    )
-    return Opened(features, _slices(whole), whole)
+    place = {name: index for index, name in enumerate(all_names)}
+    chosen = None if features == all_names else [place[name] for name in features]
 
+    def beside_rows(wanted: str | None, part: slice) -> np.ndarray | None:
+        if wanted is None:
+            return None
+        return outside[wanted][part] if wanted in outside else np.array(rows[part, place[wanted]])
 
-def _one(
-    rows: np.ndarray, names: tuple[str, ...], wanted: str | None, outside: dict[str, np.ndarray]
-) -> np.ndarray | None:
-    if wanted is None:
-        return None
-    return outside[wanted] if wanted in outside else np.array(rows[:, names.index(wanted)])
+    def cut(part: slice) -> Batch:  # only these rows of a memory map are read
+        X = rows[part] if chosen is None else rows[part][:, chosen]
+        return Batch(X, beside_rows(selection.id, part), beside_rows(selection.label, part))
 
+    def batches() -> Iterator[Batch]:
+        step = max(1, BATCH_BYTES // (rows.shape[1] * rows.itemsize))
+        for start in range(0, len(rows), step):
+            yield cut(slice(start, start + step))
 
-def _slices(whole: Batch) -> Iterator[Batch]:
-    for start in range(0, len(whole.X), BATCH_ROWS):
-        part = slice(start, start + BATCH_ROWS)
-        yield Batch(
-            whole.X[part],
-            None if whole.ids is None else whole.ids[part],
-            None if whole.labels is None else whole.labels[part],
-        )
+    return Opened(features, batches(), lambda: cut(slice(None)))

@@ -142,6 +142,8 @@ def _layout(path: Path, options: CsvOptions) -> _Layout:
     try:
         with _stream(path) as stream:
             head = stream.read(HEAD_BYTES)
+            while b"\n" not in head and (more := stream.read(HEAD_BYTES)):  # a header of very many columns
+                head += more
     except (pa.ArrowException, OSError) as error:
         raise TableError(f"{path}: cannot be read; the file is damaged ({error})") from error
     encoding = _find_encoding(head) if options.encoding is None else options.encoding

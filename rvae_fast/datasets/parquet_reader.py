@@ -10,7 +10,8 @@ import numpy as np
 
 from .tables import Batch, Opened, Selection, TableError, parse_labels
 
-BATCH_ROWS = 65_536
+BATCH_BYTES = 32 << 20
+BATCH_ROWS = 65_536  # at most
 
 
 def open_parquet(path: Path, selection: Selection) -> Opened:
@@ -81,10 +82,11 @@ def _batches(
     import pyarrow.compute as compute
 
     target = pa.float32() if dtype is np.float32 else pa.float64()
+    batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES // (8 * len(features))))
     apart = [name for name in (selection.label, selection.id) if name is not None]
     start = 0
     try:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[*features, *dict.fromkeys(apart)]):
+        for batch in file.iter_batches(batch_size=batch_rows, columns=[*features, *dict.fromkeys(apart)]):
             X = np.empty((batch.num_rows, len(features)), dtype=dtype)
             for index, name in enumerate(features):
                 column = batch.column(name)

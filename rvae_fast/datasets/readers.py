@@ -78,7 +78,7 @@ def read_table(
     opened = _open(
         path, Selection.of(columns, drop, label, id), format, key, CsvOptions(delimiter, decimal, header, encoding)
     )
-    whole = opened.whole if opened.whole is not None else _join(list(opened.batches))
+    whole = opened.whole() if opened.whole is not None else _join(list(opened.batches))
     return Table(whole.X, opened.columns, whole.ids, whole.labels)
 
 

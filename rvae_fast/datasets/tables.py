@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -74,17 +75,20 @@ class Selection:
 
     def features(self, names: Sequence[str], path: Path) -> tuple[str, ...]:
         """Return the feature columns among a file's column names; TableError for a name that is not there."""
-        repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        if repeated:
+        if len(set(names)) < len(names):
+            repeated = sorted(name for name, count in Counter(names).items() if count > 1)
             raise TableError(
                 f"{path}: columns that occur twice: {', '.join(map(repr, repeated))}; give each its own name"
             )
+        known = set(names)
         for argument, wanted in (("columns", self.columns or ()), ("drop", self.drop)):
             for name in wanted:
-                self._require(name, names, argument, path)
+                if name not in known:
+                    self._refuse(name, names, argument, path)
         for argument, one in (("label", self.label), ("id", self.id)):
             if one is not None:
-                self._require(one, names, argument, path)
+                if one not in known:
+                    self._refuse(one, names, argument, path)
                 if one in (self.columns or ()):
                     raise TableError(
                         f"{path}: {one!r} is both in columns and the {argument}; a feature must not be either"
@@ -98,11 +102,10 @@ class Selection:
         return chosen
 
     @staticmethod
-    def _require(name: str, names: Sequence[str], argument: str, path: Path) -> None:
-        if name not in names:
-            shown = ", ".join(map(repr, names[:20])) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
-            hint = nearest_name(str(name), names)
-            raise TableError(f"{path}: {argument} {name!r} is not a column{hint}; the file has {shown}")
+    def _refuse(name: str, names: Sequence[str], argument: str, path: Path) -> NoReturn:
+        shown = ", ".join(map(repr, names[:20])) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+        hint = nearest_name(str(name), names)
+        raise TableError(f"{path}: {argument} {name!r} is not a column{hint}; the file has {shown}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Opened:
 
     columns: tuple[str, ...]
     batches: Iterator[Batch]
-    whole: Batch | None = field(default=None)  # where the rows are in memory or mapped already
+    whole: Callable[[], Batch] | None = None  # all rows at once, where they are in memory or mapped already
 
 
 def parse_labels(values: np.ndarray) -> np.ndarray:
