@@ -18,7 +18,7 @@ import numpy as np
 from .tables import MISSING, Batch, Opened, Selection, TableError, parse_labels
 from .types import numbered_names
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 2 << 20
 HEAD_BYTES = 1 << 20
 DELIMITERS = ",;\t|"
 MAX_REPORTED = 5
@@ -42,6 +42,7 @@ class _Layout:
     header_lines: int
     encoding: str  # of the texts
     wide: bool  # UTF-16 and the like, which Arrow must transcode
+    block_bytes: int  # read at once; a row must fit
 
 
 def open_csv(path: Path, selection: Selection, options: CsvOptions) -> Opened:
@@ -84,7 +85,7 @@ def _batches(path: Path, layout: _Layout, features: tuple[str, ...], selection: 
                 read_options=pa.csv.ReadOptions(
                     column_names=layout.names,
                     skip_rows=layout.header_lines,
-                    block_size=BLOCK_BYTES,
+                    block_size=layout.block_bytes,
                     encoding=layout.encoding if layout.wide else "utf8",
                 ),
                 parse_options=pa.csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True),
@@ -164,7 +165,9 @@ def _layout(path: Path, options: CsvOptions) -> _Layout:
     header = not all(_is_number(cell, options.decimal) for cell in first) if options.header is None else options.header
     names = tuple(_name(cell, index) for index, cell in enumerate(first)) if header else numbered_names(len(first))
     # Arrow counts skipped lines as they are in the file, blank ones too
-    return _Layout(names, delimiter, options.decimal, n_lines if header else 0, encoding, wide)
+    # A number takes some 25 bytes at most; a text may be longer, as the lines seen here tell.
+    block = max(BLOCK_BYTES, 64 * len(names), 4 * max(map(len, head.splitlines())))
+    return _Layout(names, delimiter, options.decimal, n_lines if header else 0, encoding, wide, block)
 
 
 def _find_encoding(head: bytes) -> str:

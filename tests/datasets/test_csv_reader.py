@@ -167,3 +167,10 @@ def test_header_longer_than_the_first_look(tmp_path: Path, monkeypatch: pytest.M
     table = read_table(path)
     assert table.columns == names
     np.testing.assert_array_equal(table.X, np.full((1, 500), 7.0))
+
+
+def test_rows_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_module, "BLOCK_BYTES", 1024)
+    X = np.random.default_rng(0).normal(size=(50, 300))  # about 6,000 characters a row
+    lines = [",".join(f"c{index}" for index in range(300)), *(",".join(map(repr, row)) for row in X.tolist())]
+    np.testing.assert_array_equal(read_table(write(tmp_path, "\n".join(lines))).X, X)
