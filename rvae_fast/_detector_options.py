@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +13,9 @@ from rvae_fast._validation import check_choice, check_contamination
 from rvae_fast.preprocessing import MISSING, SCALERS
 
 ANOMALY_SCORES = ("reconstruction", "elbo")
+
+#: Optimiser steps after which a table of some thousand rows is learnt well enough.
+STEPS = 1000
 
 #: Parameters that the network takes under the same name, where the detector has them.
 _MODEL = ("activation", "negative_slope", "likelihood", "order", "dropout", "init")
@@ -36,6 +40,11 @@ def default_architecture(n_features: int) -> dict[str, Any]:
     return {"latent_features": max(1, round(math.sqrt(n_features))), "widths": [128, 64], "blocks": [2, 1]}
 
 
+def default_epochs(n_rows: int, batch_size: int, accumulate: int = 1) -> int:
+    """Epochs for a table of so many rows: enough for about :data:`STEPS` optimiser steps, but 20 at least, 300 at most."""
+    return min(300, max(20, math.ceil(STEPS * batch_size * accumulate / n_rows)))
+
+
 def check(detector: Any) -> None:
     """Check the parameters that neither the network nor the training checks, naming the one at fault."""
     check_contamination(detector.contamination)
@@ -51,12 +60,17 @@ def check(detector: Any) -> None:
         )
 
 
-def training_config(detector: Any, seed: int) -> TrainingConfig:
+def training_config(detector: Any, seed: int, n_rows: int) -> TrainingConfig:
     """The training's configuration; its own checks name what is wrong."""
     # A resumed run without a random_state has its seed in the checkpoint.
     given_seed = None if detector.resume and detector.random_state is None else seed
     given = {name: getattr(detector, name) for name in _TRAINING if hasattr(detector, name)}
-    return TrainingConfig(**given, seed=given_seed, progress=bool(detector.verbose))
+    epochs = given.pop("epochs")
+    config = TrainingConfig(**given, seed=given_seed, progress=bool(detector.verbose))
+    if epochs is None:
+        held = 1.0 - config.validation_fraction
+        epochs = default_epochs(max(1, round(n_rows * held)), config.batch_size, config.accumulate)
+    return dataclasses.replace(config, epochs=epochs)
 
 
 def model_options(detector: Any, n_features: int) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def check_unit_range(parts: Iterable[NDArray[Any]], names: Any = None) -> None:
             outside = ((part < 0) | (part > 1)).any(axis=0)
         if outside.any():
             raise ValueError(
-                f"likelihood='bernoulli' with scaler=None needs values in [0, 1]; outside are {name_columns(outside, names)}"
+                "likelihood='bernoulli' with scaler=None needs values in [0, 1]; outside are "
+                f"{name_columns(outside, names)}"
             )
 
 

@@ -53,7 +53,8 @@ class RVAEDetector(BaseDetector):
         Epochs over which that weight rises from 0.
     anomaly_score : {"reconstruction", "elbo"}, default "reconstruction"
         What a row is scored by: its reconstruction error, as in the article, or that plus the KL divergence.
-    epochs : int, default 100
+    epochs : int, optional
+        By default as many as make about 1000 optimiser steps, but 20 at least and 300 at most.
     batch_size : int, default 256
     optimizer, learning_rate, weight_decay, warmup_epochs, schedule, max_grad_norm, accumulate
         See :class:`rvae_fast.training.TrainingConfig`.
@@ -132,7 +133,7 @@ class RVAEDetector(BaseDetector):
         kld_weight: float = 1.0,
         kld_warmup_epochs: float = 0.0,
         anomaly_score: str = "reconstruction",
-        epochs: int = 100,
+        epochs: int | None = None,
         batch_size: int = 256,
         optimizer: str = "adamw",
         learning_rate: float = 1e-3,
@@ -174,7 +175,7 @@ class VAEDetector(BaseDetector):
         kld_weight: float = 1.0,
         kld_warmup_epochs: float = 0.0,
         anomaly_score: str = "reconstruction",
-        epochs: int = 100,
+        epochs: int | None = None,
         batch_size: int = 256,
         optimizer: str = "adamw",
         learning_rate: float = 1e-3,
@@ -217,7 +218,7 @@ class RAEDetector(BaseDetector):
         activation: str = "leaky_relu",
         negative_slope: float = 0.01,
         likelihood: str = "squared",
-        epochs: int = 100,
+        epochs: int | None = None,
         batch_size: int = 256,
         optimizer: str = "adamw",
         learning_rate: float = 1e-3,
@@ -256,7 +257,7 @@ class AEDetector(BaseDetector):
         activation: str = "leaky_relu",
         negative_slope: float = 0.01,
         likelihood: str = "squared",
-        epochs: int = 100,
+        epochs: int | None = None,
         batch_size: int = 256,
         optimizer: str = "adamw",
         learning_rate: float = 1e-3,

@@ -1,8 +1,7 @@
 """Columns of a table brought to one scale, and their gaps filled: statistics in fp64, in chunks, from one pass.
 
-scikit-learn's incremental scalers are the engines (``StandardScaler.partial_fit`` merges chunks by the update of Chan,
-Golub and LeVeque 1983), so a table larger than memory is read once, chunk by chunk. What they find is kept as plain
-fp64 arrays, which is what a saved detector holds.
+A table larger than memory is read once, chunk by chunk; what is found is kept as plain fp64 arrays, which is what a
+saved detector holds.
 """
 
 from __future__ import annotations
@@ -109,16 +108,17 @@ def fit_scaler(x: Any, kind: str | None = "standard", missing: str = "error", na
         raise ValueError(
             f"missing={missing!r} cannot fill columns without a single value: {name_columns(empty, names)}"
         )
-    std, extent = np.sqrt(var), high - low
-    too_wide = ~(np.isfinite(std) & np.isfinite(extent))
-    if too_wide.any():
-        raise ValueError(f"the spread of these columns overflows double precision: {name_columns(too_wide, names)}")
+    with np.errstate(over="ignore"):
+        std, extent = np.sqrt(var), high - low
     # Rounding alone gives a column of 0.1s a standard deviation of about 1e-17; its division would make noise of it.
     rounding = 10 * np.finfo(np.float64).eps * np.maximum(np.abs(low), np.abs(high))
     constant = (extent <= rounding) | (std <= rounding)
+    too_wide = ~constant & ~(np.isfinite(std) & np.isfinite(extent))
+    if too_wide.any():
+        raise ValueError(f"the spread of these columns overflows double precision: {name_columns(too_wide, names)}")
     fill = None if missing == "error" else mean if missing == "mean" else _medians(x)
     if kind == "standard":
-        center, scale = mean, std
+        center, scale = np.where(constant, low, mean), std
     elif kind == "minmax":
         center, scale = low, extent
     else:
@@ -127,17 +127,35 @@ def fit_scaler(x: Any, kind: str | None = "standard", missing: str = "error", na
 
 
 def _moments(parts: Iterable[NDArray[Any]]) -> tuple[NDArray[np.float64], ...]:
-    """Mean, biased variance, minimum and maximum of every column, ignoring NaN."""
-    from sklearn.preprocessing import MinMaxScaler, StandardScaler
+    """Mean, biased variance, minimum and maximum of every column, ignoring NaN; all NaN where there is no value.
 
-    moments, extremes = StandardScaler(), MinMaxScaler()
-    # An all-NaN column is a division by no values, an immense one an overflow: both are reported above, by name.
+    Each chunk's moments are taken in two passes and merged (Chan, Golub and LeVeque 1983, equation 2.1). scikit-learn's
+    ``StandardScaler.partial_fit`` does the same, but a column whose first chunk is all NaN stays NaN there.
+    """
+    n: Any = 0
+    mean: Any = 0.0
+    m2: Any = 0.0
+    low: Any = np.nan
+    high: Any = np.nan
+    # Squares of immense values overflow, columns without values divide by none: both are reported by name, later.
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         for part in parts:
-            part64 = np.asarray(part, dtype=np.float64)
-            moments.partial_fit(part64)
-            extremes.partial_fit(part64)
-    return moments.mean_, moments.var_, extremes.data_min_, extremes.data_max_
+            rows = np.asarray(part, dtype=np.float64)
+            low = np.fmin(low, np.fmin.reduce(rows, axis=0))
+            high = np.fmax(high, np.fmax.reduce(rows, axis=0))
+            present = ~np.isnan(rows)
+            n_part = present.sum(axis=0)
+            count = np.maximum(n_part, 1)
+            mean_part = rows.sum(axis=0, where=present) / count
+            deviation = np.subtract(rows, mean_part, out=np.zeros_like(rows), where=present)
+            # The second term is zero but for the rounding of the mean, which it removes.
+            m2_part = np.square(deviation).sum(axis=0) - np.square(deviation.sum(axis=0)) / count
+            # Nothing to merge with yet: the mean itself is no distance (its square may overflow).
+            delta, total = np.where(n, mean_part - mean, 0.0), np.maximum(n + n_part, 1)
+            m2 = m2 + m2_part + delta**2 * n * n_part / total
+            mean = np.where(n, mean + delta * n_part / total, mean_part)
+            n = n + n_part
+    return np.where(n, mean, np.nan), np.maximum(m2, 0.0) / np.maximum(n, 1), low, high
 
 
 def _medians(x: Any) -> NDArray[np.float64]:

@@ -1,0 +1,19 @@
+"""scikit-learn's own checks, none switched off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from rvae_fast.detector import DETECTORS, RVAEDetector
+
+ESTIMATORS = [detector(epochs=2) for detector in DETECTORS.values()]  # type: ignore[call-arg]
+ESTIMATORS.append(RVAEDetector(epochs=2, missing="mean", scaler="minmax", anomaly_score="elbo"))
+
+
+@pytest.mark.filterwarnings("ignore:constant column")
+@parametrize_with_checks(ESTIMATORS)  # type: ignore[untyped-decorator]
+def test_scikit_learn_check(estimator: Any, check: Any) -> None:
+    check(estimator)
