@@ -34,7 +34,7 @@ import sysconfig
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -395,7 +395,18 @@ def build(module: Path, *, version: str, root: Path = ROOT, build_folder: Path |
         folder = (
             build_folder or root / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}{sanitized}"
         )
-        facts = _compile(found, folder, module, root)
+        try:
+            facts = _compile(found, folder, module, root)
+        except BuildFailed as problem:
+            if found.nvcc is None or mode == "1" or os.environ.get("RVAE_FAST_CUDA", "").strip() == "1":
+                raise
+            # nvcc refuses host compilers newer than itself, toolkits come in parts...: that must not cost the CPU half.
+            _banner(
+                "THE CUDA HALF FAILED TO BUILD; going on with the CPU half (RVAE_FAST_CUDA=0 skips it).", str(problem)
+            )
+            found = replace(found, nvcc=None, cuda_reason=f"its compilation failed: {problem}")
+            facts = _compile(found, folder, module, root)
+            record["cuda_failed"] = True
         record.update(facts, built=True, cuda_reason=found.cuda_reason or None)
     except Unavailable as problem:
         record["reason"] = str(problem)

@@ -144,7 +144,7 @@ def _native_module(report: Diagnosis) -> None:
         "native module",
         "CUDA half",
         f"CUDA {cuda}" if cuda else f"no: {info.get('cuda_reason')}",
-        "ok" if cuda else "off",
+        "ok" if cuda else "problem" if info.get("cuda_failed") else "off",
     )
 
 

@@ -21,7 +21,7 @@ STEPS = {
     "nothing": "pass",
     "rvae_fast": "import rvae_fast",
     "torch": "import torch, torch.library",
-    "core": "rvae_fast.RVAE(4), rvae_fast.reconstruction_kld, rvae_fast.TrainingConfig(), rvae_fast.train, rvae_fast.backend",
+    "core": "rvae_fast.RVAE(4), rvae_fast.reconstruction_kld, rvae_fast.TrainingConfig(), rvae_fast.train",
     "scikit-learn": "import sklearn.base, sklearn.utils, sklearn.utils.validation",
     "detector": "rvae_fast.RVAEDetector(), rvae_fast.save, rvae_fast.load",
 }
