@@ -105,7 +105,7 @@ def check_unit_range(parts: Iterable[NDArray[Any]], names: Any = None) -> None:
     """Raise a ValueError that names the columns with a value outside [0, 1] in the first chunk that has one."""
     for part in parts:
         with np.errstate(invalid="ignore"):
-            outside = ((part < 0) | (part > 1)).any(axis=0)
+            outside = np.asarray(((part < 0) | (part > 1)).any(axis=0))
         if outside.any():
             raise ValueError(
                 "likelihood='bernoulli' with scaler=None needs values in [0, 1]; outside are "

@@ -102,7 +102,8 @@ def fit_scaler(x: Any, kind: str | None = "standard", missing: str = "error", na
     """
     check_choice("scaler", kind, SCALERS)
     check_choice("missing", missing, MISSING)
-    mean, var, low, high = _moments(chunks(x))
+    # Chunks small enough for the cache: each is read several times.
+    mean, var, low, high = _moments(chunks(x, max(32, chunk_rows(x.shape[1]) // 16)))
     empty = np.isnan(mean)
     if empty.any():
         raise ValueError(
@@ -143,13 +144,16 @@ def _moments(parts: Iterable[NDArray[Any]]) -> tuple[NDArray[np.float64], ...]:
             rows = np.asarray(part, dtype=np.float64)
             low = np.fmin(low, np.fmin.reduce(rows, axis=0))
             high = np.fmax(high, np.fmax.reduce(rows, axis=0))
-            present = ~np.isnan(rows)
-            n_part = present.sum(axis=0)
+            present: Any = True
+            n_part: Any = len(rows)
+            if np.isnan(rows.sum()):
+                present = ~np.isnan(rows)
+                n_part = present.sum(axis=0)
             count = np.maximum(n_part, 1)
             mean_part = rows.sum(axis=0, where=present) / count
-            deviation = np.subtract(rows, mean_part, out=np.zeros_like(rows), where=present)
+            deviation = rows - mean_part if present is True else np.where(present, rows - mean_part, 0.0)
             # The second term is zero but for the rounding of the mean, which it removes.
-            m2_part = np.square(deviation).sum(axis=0) - np.square(deviation.sum(axis=0)) / count
+            m2_part = np.einsum("ij,ij->j", deviation, deviation) - np.square(deviation.sum(axis=0)) / count
             # Nothing to merge with yet: the mean itself is no distance (its square may overflow).
             delta, total = np.where(n, mean_part - mean, 0.0), np.maximum(n + n_part, 1)
             m2 = m2 + m2_part + delta**2 * n * n_part / total
