@@ -57,7 +57,10 @@ def assert_same_history(one: Any, other: Any) -> None:
         ("RVAE", {"checkpoint_unit": "steps", "checkpoint_every": 1, "epochs": 2, "validation_fraction": 0.2}),
         ("RVAE", {"checkpoint_unit": "steps", "checkpoint_every": 4, "sync_every": 3, "validation_fraction": 0.2}),
         ("VAE", {"checkpoint_unit": "steps", "checkpoint_every": 2, "accumulate": 2, "epochs": 2, "optimizer": "adam"}),
-        ("RAE", {"checkpoint_unit": "epochs", "patience": 1, "min_delta": 100.0, "validation_fraction": 0.2}),
+        (
+            "RAE",
+            {"epochs": 4, "checkpoint_unit": "epochs", "patience": 2, "min_delta": 1e3, "validation_fraction": 0.2},
+        ),
         ("AE", {"precision": "bf16", "checkpoint_unit": "steps", "checkpoint_every": 3}),
     ],
 )
@@ -158,6 +161,48 @@ def test_killed_by_sigkill(model, table, same, tmp_path: Path) -> None:
     same(unbroken, last)
     assert_same_history(expected, history)
     assert not (tmp_path / "run.partial").exists()
+
+
+def test_a_resumed_run_that_fails_at_once_keeps_the_state_it_read(model, table, same, tmp_path: Path) -> None:
+    """Also the BatchNorms, which its first forward pass has already moved."""
+    config = TrainingConfig(**BASE, checkpoint=str(tmp_path / "run"))
+    first, second = model(), model(seed=1)
+    die_at(first, 8)
+    with pytest.raises(Killed):
+        train(first, table(40), config)
+    second.decoder[-1].register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    second.decoder[-1].register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(second, table(40), config, resume=True)
+    assert int(second.encoder[0][0].norms[0].num_batches_tracked) == 5
+    same(_checkpoint.subset(_checkpoint.load(tmp_path / "run")[0], "model."), second.state_dict())
+
+
+def test_a_half_made_update_is_not_saved(model, table, same, tmp_path: Path, monkeypatch: Any) -> None:
+    """Broken off between counting and updating, by a handler that does not wait: the file keeps the step before."""
+    from rvae_fast._optimizer import Optimizer
+
+    step, calls = Optimizer.step, 0
+
+    def broken(self: Optimizer, *arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            self._steps += 1
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    monkeypatch.setattr(Optimizer, "step", broken)
+    config = TrainingConfig(**BASE, checkpoint=str(tmp_path / "run"), checkpoint_every=4, checkpoint_unit="steps")
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), table(40), config)
+    _, header = _checkpoint.load(tmp_path / "run")
+    assert (header["position"]["epoch"], header["position"]["group"]) == (0, 4)
+    monkeypatch.undo()
+    resumed, unbroken = model(seed=1), model()
+    train(resumed, table(40), config, resume=True)
+    train(unbroken, table(40), TrainingConfig(**BASE))
+    same(unbroken, resumed)
 
 
 def test_without_a_seed_the_checkpoint_has_it(model, table, same, tmp_path: Path) -> None:
