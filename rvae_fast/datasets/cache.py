@@ -22,12 +22,12 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     `cache_dir` if given; else the environment variable RVAE_FAST_DATA; else `rvae-fast` in XDG_CACHE_HOME,
     LOCALAPPDATA (Windows) or `~/.cache`.
     """
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if os.environ.get(ENVIRONMENT_VARIABLE):
-        return Path(os.environ[ENVIRONMENT_VARIABLE]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    return (Path(base) if base else Path.home() / ".cache") / "rvae-fast"
+    if cache_dir is None:
+        cache_dir = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not cache_dir:
+        base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+        cache_dir = (Path(base) if base else Path.home() / ".cache") / "rvae-fast"
+    return Path(cache_dir).expanduser().absolute()  # package clients run in another folder
 
 
 @contextlib.contextmanager

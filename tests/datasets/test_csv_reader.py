@@ -154,6 +154,15 @@ def test_damaged_compression(tmp_path: Path, name: str, squeeze, monkeypatch: py
             read_table(write(tmp_path, damaged, name))
 
 
+def test_texts_of_several_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_module, "BLOCK_BYTES", 256)  # blocks end inside texts
+    path = write(tmp_path, "id,a\n" + "".join(f'"first {row}\nsecond",{row}\n' for row in range(200)))
+    table = read_table(path, id="id")
+    np.testing.assert_array_equal(table.X[:, 0], np.arange(200))
+    assert table.ids is not None
+    assert table.ids[-1] == "first 199\nsecond"
+
+
 def test_utf_16_errors_name_the_line(tmp_path: Path) -> None:
     path = write(tmp_path, "größe,b\n1,2\n3,drei\n".encode("utf-16"))
     with pytest.raises(TableError, match=r"'b' \(first 'drei', line 3\)"):

@@ -85,6 +85,8 @@ def test_arff_errors(content: bytes, message: str) -> None:
 def test_rda_gives_the_data_frame(tmp_path) -> None:  # type: ignore[no-untyped-def]
     rdata = pytest.importorskip("rdata", reason="rdata is not installed")
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    if not hasattr(rdata, "write_rda"):
+        pytest.skip("this version of rdata cannot write the file that the test reads")
     frame = pandas.DataFrame({"V1": [1.0, 2.5], "Class": pandas.Categorical(["High", "Rad.Flow"])})
     path = tmp_path / "t.rda"
     rdata.write_rda(str(path), {"Shuttle": frame})

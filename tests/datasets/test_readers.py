@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from decimal import Decimal
 from pathlib import Path
 
@@ -158,12 +159,25 @@ def test_arrays_that_are_not_rows(tmp_path: Path, array: np.ndarray, message: st
             read_table(tmp_path / name)
 
 
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:
-    np.save(tmp_path / "t.npy", np.array([[{}]], dtype=object), allow_pickle=True)
-    np.savez(tmp_path / "t.npz", X=np.array([[{}]], dtype=object))
+    trap = tmp_path / "ran"
+    array = np.array([[Trap(trap)]], dtype=object)
+    np.save(tmp_path / "t.npy", array, allow_pickle=True)
+    np.savez(tmp_path / "t.npz", X=array)
     for name in ("t.npy", "t.npz"):
         with pytest.raises(TableError, match=r"(?i)object"):
             read_table(tmp_path / name)
+    assert not trap.exists()
 
 
 def test_damaged_arrays(tmp_path: Path) -> None:
