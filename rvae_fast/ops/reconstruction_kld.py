@@ -109,13 +109,18 @@ def _backward(ctx: Any, grad_error: Tensor | None, grad_kld: Tensor | None) -> t
 torch.library.register_autograd("rvae_fast::reconstruction_kld", _backward, setup_context=_save, lib=_library)
 
 
+def _run_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    # Past the op's generated autograd layer, which is Python and costs more than the rest of a call.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(*inputs)
+
+
 class _ReconstructionKLD(torch.autograd.Function):
-    """The same for eager calls, which need not pay for the op's generated autograd layer."""
+    """The same for eager calls."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _forward_op(*inputs)
+        output = _run_forward(*inputs)
         _save(ctx, inputs, output)
         return output
 
@@ -252,4 +257,6 @@ def reconstruction_kld(
         return _forward_op(*inputs)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return reference.reconstruction_kld(*inputs)
-    return _ReconstructionKLD.apply(*inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5]):
+        return _ReconstructionKLD.apply(*inputs)
+    return _run_forward(*inputs)

@@ -1,0 +1,96 @@
+"""Options and fixtures of the benchmarks: ``pytest benchmarks`` is the short form; ``--full`` writes results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import pytest
+import torch
+
+SHORT_ROUNDS, FULL_ROUNDS = 15, 200
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("rvae-fast benchmarks")
+    group.addoption(
+        "--full", action="store_true", help=f"{FULL_ROUNDS} rounds instead of {SHORT_ROUNDS}; write results/"
+    )
+    group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[COMPARISONS] = {}
+
+
+COMPARISONS = pytest.StashKey[dict[str, list[harness.Comparison]]]()
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    chosen = torch.device(request.config.getoption("--bench-device"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("--bench-device=cuda, and torch sees no GPU")
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture
+def compare(
+    request: pytest.FixtureRequest, benchmark: Any, device: torch.device, full: bool
+) -> Callable[..., harness.Comparison]:
+    """``harness.compare`` with this run's device and rounds; pytest-benchmark's own table shows the subject as well."""
+
+    def run(
+        case: dict[str, Any], variants: list[harness.Variant], inputs: list[Any], **options: Any
+    ) -> harness.Comparison:
+        suite = request.path.stem.removeprefix("bench_")
+        rounds = FULL_ROUNDS if full else SHORT_ROUNDS
+        comparison = harness.compare(suite, case, variants, inputs, rounds, device, **options)
+        request.config.stash[COMPARISONS].setdefault(suite, []).append(comparison)
+        for timing in comparison.timings:
+            benchmark.extra_info[timing.name] = {
+                "median": timing.median,
+                "speedup": timing.speedup,
+                "share": timing.share,
+            }
+        benchmark.group = suite
+        turn = iter(range(1 << 62))
+        benchmark.pedantic(
+            lambda: variants[0].run(inputs[next(turn) % len(inputs)]), rounds=rounds, iterations=1, warmup_rounds=1
+        )
+        return comparison
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for suite, comparisons in config.stash[COMPARISONS].items():
+        terminalreporter.section(f"{suite}: interleaved, medians; 'x' is how many times the first is faster")
+        for comparison in comparisons:
+            case = " ".join(str(value) for value in comparison.case.values())
+            bandwidth = comparison.copy_bandwidth
+            terminalreporter.write_line(f"{case}" + (f"   (copy: {bandwidth / 1e9:.1f} GB/s)" if bandwidth else ""))
+            for timing in comparison.timings:
+                share = f"{timing.share:7.0%} of copy bandwidth" if timing.share is not None else ""
+                terminalreporter.write_line(
+                    f"    {timing.name:28} {timing.median * 1e3:9.3f} ms  {timing.speedup or 0:6.2f} x {share}"
+                )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--full"):
+        chosen = torch.device(session.config.getoption("--bench-device"))
+        for suite, comparisons in session.config.stash[COMPARISONS].items():
+            harness.save(suite, comparisons, chosen)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    """Each case compiles for its own shapes and dtypes."""
+    torch.compiler.reset()
