@@ -13,8 +13,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?= digits
-DIGIT ?= 0
-OUT ?= runs/demo-$(DATA)-$(DIGIT)
+DIGIT ?=
+OUT ?= runs/demo-$(DATA)$(DIGIT:%=-%)
 ARGS ?=
 BENCH_ARGS ?=
 DATASETS ?= digits mnist fashion_mnist shuttle satellite
@@ -81,7 +81,7 @@ doctor: $(STAMP)/install
 # ------------------------------------------------------------------------------------------------------------------ for users
 .PHONY: demo data
 demo: $(STAMP)/install $(STAMP)/extra-report $(if $(filter-out digits mnist fashion_mnist emnist,$(DATA)),$(STAMP)/extra-data)
-	$(BIN)/rvae-fast demo --data $(DATA) --novel $(DIGIT) --out $(OUT)
+	$(BIN)/rvae-fast demo --data $(DATA) $(DIGIT:%=--novel %) --out $(OUT)
 
 data: $(STAMP)/install $(STAMP)/extra-data
 	$(BIN)/rvae-fast data fetch $(DATASETS)

@@ -19,6 +19,7 @@ import torch
 ROOT = Path(native_build.ROOT)
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 TORCH = Path(torch.__file__).parent
+PACKAGE_DATA = (".html", ".css", ".j2", ".js")
 
 pytestmark = [
     pytest.mark.slow,
@@ -129,7 +130,7 @@ def test_the_cuda_half_is_compiled_for_every_architecture_and_its_failure_spares
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An sdist of the tree, and a wheel built from the unpacked sdist (without the native module: its build is above)."""
+    """An sdist of the tree, and a wheel built from the unpacked sdist (without the native module, built above)."""
     out = tmp_path_factory.mktemp("dist")
     tree = out / "tree"
     ignore = shutil.ignore_patterns(
@@ -166,7 +167,7 @@ def test_the_sdist_holds_everything_that_a_build_and_the_tests_need(distribution
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {"LICENSE", "CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "requirements/torch.txt"}
     wanted |= tracked("csrc", ".cpp", ".h", ".in", ".cu", ".cuh") | tracked("build_tools", ".py")
-    wanted |= tracked("rvae_fast", ".py") | tracked("kernels", ".py") | tracked("tests", ".py")
+    wanted |= tracked("rvae_fast", ".py", *PACKAGE_DATA) | tracked("kernels", ".py") | tracked("tests", ".py")
     assert wanted - names == set()
     assert [name for name in names if name.endswith((".so", "_C_build.json", ".pyc"))] == []
 
@@ -176,7 +177,7 @@ def test_the_wheel_installs_elsewhere_and_works(distributions: tuple[Path, Path]
         names = set(archive.namelist())
         archive.extractall(tmp_path)
     python = {name.replace("kernels/", "rvae_fast/kernels/", 1) for name in tracked("kernels", ".py")}
-    assert (tracked("rvae_fast", ".py") | python) - names == set()
+    assert (tracked("rvae_fast", ".py", *PACKAGE_DATA) | python) - names == set()
     assert "rvae_fast/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "csrc/", "build_tools/", "kernels/")) for name in names)
