@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rvae_fast.cli.common import DebugOption, ForceOption, JsonOption, command, note, print_json, refuse_to_overwrite
-from rvae_fast.cli.run import ModelArgument
 from rvae_fast.cli.score import ChunkOption, DeviceOption, QuietOption, ReportOption, ShapeOption, ThresholdOption
 from rvae_fast.cli.source import (
     AnomalyOption,
@@ -18,6 +17,7 @@ from rvae_fast.cli.source import (
     IdOption,
     KeyOption,
     LabelOption,
+    ModelArgument,
     NovelOption,
     PartOption,
     SplitSeedOption,

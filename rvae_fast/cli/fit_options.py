@@ -52,7 +52,9 @@ PARAMETERS = (
     Parameter("dropout", "--dropout", float, "In the residual units.", MODEL),
     Parameter("anomaly_score", "--score-by", str, "reconstruction, or elbo (error plus KL).", MODEL),
     Parameter("contamination", "--contamination", float, "Share of training rows to flag [default: 0.1].", MODEL),
-    Parameter("epochs", "--epochs", int, "Passes over the rows [default: 100].", TRAINING, None, "-e"),
+    Parameter(
+        "epochs", "--epochs", int, "Passes over the rows [default: about 1000 steps' worth].", TRAINING, None, "-e"
+    ),
     Parameter("batch_size", "--batch-size", int, "[default: 256]", TRAINING, None, "-b"),
     Parameter("learning_rate", "--learning-rate", float, "[default: 0.001]", TRAINING),
     Parameter("optimizer", "--optimizer", str, "adamw or adam.", TRAINING),
@@ -61,7 +63,13 @@ PARAMETERS = (
     Parameter("warmup_epochs", "--warmup-epochs", float, "Of the learning rate [default: 1].", TRAINING),
     Parameter("max_grad_norm", "--max-grad-norm", float, "Clip the gradient's norm at this [default: 10].", TRAINING),
     Parameter("accumulate", "--accumulate", int, "Batches gathered into a step.", TRAINING),
-    Parameter("kld_weight", "--kld-weight", float, "Of the KL divergence [default: 1].", TRAINING),
+    Parameter(
+        "kld_weight",
+        "--kld-weight",
+        float,
+        "Of the KL divergence [default: 0.2 for standardised columns, else 1].",
+        TRAINING,
+    ),
     Parameter("kld_warmup_epochs", "--kld-warmup-epochs", float, "Epochs over which it rises.", TRAINING),
     Parameter(
         "validation_fraction", "--validation", float, "Share of rows held out; the best epoch is kept.", TRAINING

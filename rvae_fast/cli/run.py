@@ -6,10 +6,9 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import typer
 
 from rvae_fast.cli.common import fail
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from rvae_fast.report import ExtremeRows
 
 __all__ = [
-    "ModelArgument",
     "Scored",
     "load_detector",
     "progress",
@@ -34,19 +32,18 @@ __all__ = [
     "split_names",
 ]
 
-ModelArgument = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", help="File that `rvae-fast fit` (or rvae_fast.save) wrote.", show_default=False),
-]
+# Beyond this, a report names only the rows at either end by their ids.
+_IDS_KEPT = 1_000_000
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known after the loop: all scores, the labels as read, and the rows at either end."""
+    """What is known after the loop: all scores, labels as read, the rows at either end, ids unless too many."""
 
     scores: NDArray[np.float64]
     labels: list[NDArray[Any]]
     extremes: ExtremeRows | None
+    ids: NDArray[Any] | None
     highest_id: str
     seconds: float
 
@@ -126,6 +123,8 @@ def run_scoring(
     extremes = ExtremeRows() if keep_rows else None
     scores: list[NDArray[np.float64]] = []
     labels: list[NDArray[Any]] = []
+    all_ids: list[NDArray[Any]] | None = []
+    seen = 0
     highest, highest_id = -np.inf, ""
     started = time.perf_counter()
     with progress(quiet) as bar:
@@ -138,22 +137,29 @@ def run_scoring(
                 labels.append(chunk.labels)
             if sink is not None:
                 sink.write(ids, part, part > threshold)
+            seen += len(part)
             if extremes is not None:
                 extremes.update(part, chunk.X, ids)
+                if seen > _IDS_KEPT or chunk.ids is None:
+                    all_ids = None
+                elif all_ids is not None:
+                    all_ids.append(ids)
             top = int(part.argmax())
             if part[top] > highest:
                 highest, highest_id = float(part[top]), str(ids[top])
             bar.advance(task, len(part))
     if not scores:
         fail(f"{source.name}: there are no rows in it")
-    return Scored(np.concatenate(scores), labels, extremes, highest_id, time.perf_counter() - started)
+    kept = np.concatenate(all_ids) if all_ids else None
+    return Scored(np.concatenate(scores), labels, extremes, kept, highest_id, time.perf_counter() - started)
 
 
 def report_arguments(scored: Scored) -> dict[str, Any]:
     """Return the arguments of ``write_report`` that come from the kept rows."""
     if scored.extremes is None:
         return {}
-    return {"X": scored.extremes.X, "rows": scored.extremes.rows, "ids": scored.extremes.ids}
+    ids = scored.extremes.ids if scored.ids is None else scored.ids
+    return {"X": scored.extremes.X, "rows": scored.extremes.rows, "ids": ids}
 
 
 def split_names(text: str | None) -> Sequence[str]:

@@ -19,13 +19,13 @@ from rvae_fast.cli.common import (
     refuse_to_overwrite,
     usage_error,
 )
-from rvae_fast.cli.run import ModelArgument
 from rvae_fast.cli.source import (
     DataArgument,
     DelimiterOption,
     IdOption,
     KeyOption,
     LabelOption,
+    ModelArgument,
     NovelOption,
     PartOption,
     SplitSeedOption,

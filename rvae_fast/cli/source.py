@@ -27,6 +27,7 @@ __all__ = [
     "IdOption",
     "KeyOption",
     "LabelOption",
+    "ModelArgument",
     "NovelOption",
     "PartOption",
     "Source",
@@ -47,6 +48,10 @@ DataArgument = Annotated[
         " (`rvae-fast data`).",
         show_default=False,
     ),
+]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="File that `rvae-fast fit` (or rvae_fast.save) wrote.", show_default=False),
 ]
 LabelOption = Annotated[
     str | None,

@@ -113,6 +113,14 @@ def _cards(
     return cards
 
 
+def _mistakes(scores: NDArray[np.float64], threshold: float, truth: NDArray[np.bool_], k: int = 10) -> list[int]:
+    """Return the rows that the threshold gets most wrong: ``k`` normal ones far above it, ``k`` anomalies below."""
+    flagged = scores > threshold
+    alarms, missed = np.flatnonzero(flagged & ~truth), np.flatnonzero(~flagged & truth)
+    highest, lowest = extreme_positions(scores[alarms], k)[0], extreme_positions(scores[missed], k)[1]
+    return [int(row) for row in (*alarms[highest], *missed[lowest])]
+
+
 def _pictures(
     scores: NDArray[np.float64],
     threshold: float,
@@ -202,8 +210,7 @@ def write_report(
     reconstruction : array-like of the shape of ``X``, optional
         What the model made of them, in input units.
     rows : array-like of int, optional
-        Where ``X``, ``reconstruction`` and ``ids`` hold only some rows (see :class:`ExtremeRows`): their positions in
-        ``scores``.
+        Where ``X`` and ``reconstruction`` hold only some rows (see :class:`ExtremeRows`): which of ``scores`` these are.
     image_shape : tuple of int, optional
         (height, width) or (height, width, 1 or 3). Shows rows as images, not as feature tables.
     feature_names : sequence of str, optional
@@ -211,7 +218,7 @@ def write_report(
     feature_scale : array-like of shape (features,), optional
         Size of one model unit in input units, by which features are ranked.
     ids : sequence, optional
-        Names of the rows; their position, counted from 0, where not given.
+        Names of the rows, of all or of those in ``rows``; their position, counted from 0, where not given.
     title, description : str
         Heading of the page and a sentence under it.
     configuration : mapping, optional
@@ -246,12 +253,15 @@ def write_report(
     at_hand = np.arange(scores.size) if rows is None else np.asarray(rows, dtype=np.int64)
     if at_hand.ndim != 1 or (at_hand.size and (at_hand.min() < 0 or at_hand.max() >= scores.size)):
         raise ValueError(f"rows must be a vector of positions in 0..{scores.size - 1}")
-    for name, value in (("X", X), ("reconstruction", reconstruction), ("ids", ids)):
+    for name, value in (("X", X), ("reconstruction", reconstruction)):
         if value is not None and len(value) != at_hand.size:
             raise ValueError(f"{name} has {len(value):,} rows, expected {at_hand.size:,}")
+    if ids is not None and len(ids) not in (at_hand.size, scores.size):
+        raise ValueError(f"ids has {len(ids):,} entries, expected {scores.size:,}, one a score")
 
     # Only the ids that appear are turned into text.
-    position_of = {int(row): i for i, row in enumerate(at_hand)} if rows is not None else None
+    some = ids is not None and len(ids) != scores.size
+    position_of = {int(row): i for i, row in enumerate(at_hand)} if some else None
 
     def row_id(row: int) -> str:
         i = row if position_of is None else position_of.get(row)
@@ -300,6 +310,9 @@ def write_report(
         )
         for rank, row in enumerate(extreme_positions(scores, _LISTED)[0], start=1)
     ]
+    mistakes = []
+    if truth is not None and evaluation is not None:
+        mistakes = [(row_id(row), number(scores[row]), bool(truth[row])) for row in _mistakes(scores, threshold, truth)]
     html = (
         _environment()
         .get_template("report.html")
@@ -314,6 +327,7 @@ def write_report(
             training_pictures=about_training,
             gallery=gallery,
             top=top,
+            mistakes=mistakes,
             configuration={str(k): v for k, v in configuration.items()},
             versions=versions(),
         )

@@ -63,6 +63,11 @@ def plot_loss(epochs: list[Mapping[str, Any]], best_epoch: int | None) -> Pictur
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="best")
 
+    caption = "Per row, summed over features."
+    if parts:
+        caption += " The KL divergence is drawn without its weight."
+    if validation is not None:
+        caption += " Training and validation curves that part mean overfitting."
     end = f"from {number(train[0])} to {number(train[-1])}" if np.isfinite(train[[0, -1]]).all() else "recorded"
     checked = "" if validation is None else f", lowest validation loss {number(float(np.nanmin(validation)))}"
     return render(
@@ -70,7 +75,7 @@ def plot_loss(epochs: list[Mapping[str, Any]], best_epoch: int | None) -> Pictur
         name="loss",
         title="Loss",
         alt=f"Loss over {len(epochs):,} epochs: the training loss goes {end}{checked}.",
-        caption="Per row, summed over features. Training and validation curves that part mean overfitting.",
+        caption=caption,
     )
 
 

@@ -1,0 +1,223 @@
+"""``rvae-fast fit``: what it learns from, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rvae_fast.serialization import load
+from tests.cli.conftest import COLUMNS, make_rows, write_csv
+
+QUICK = ("--epochs", 1, "--widths", "8", "--blocks", "1", "--latent", 2)
+
+
+def test_model_knows_columns_and_leaves_id_label_and_anomalies_out(model: Path) -> None:
+    detector = load(model)
+    assert type(detector).__name__ == "RVAEDetector"
+    assert detector.feature_names_in_.tolist() == list(COLUMNS)
+    assert detector.n_iter_ == 15
+    assert len(detector.history_.grad_norm) == 15 * 7  # 220 normal rows in batches of 32: the 20 anomalies are out
+
+
+@pytest.mark.parametrize("name", ["rvae", "vae", "rae", "ae"])
+def test_every_model(name: str, table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    out = tmp_path / "m.safetensors"
+    result = run("fit", table, "--id", "serial", "--model", name, "--out", out, "--epochs", 1, "--layers", 3, "--json")
+    summary = json.loads(result.stdout)
+    assert summary["detector"] == f"{name.upper()}Detector" == type(load(out)).__name__
+    assert (summary["rows"], summary["features"], summary["epochs"]) == (240, 5, 1)
+    assert summary["model"] == str(out)
+    assert "trained" in result.stderr
+
+
+def test_options_reach_the_detector(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    out = tmp_path / "m.safetensors"
+    run(
+        "fit", table, "--columns", "flow,temp", "--out", out, "--epochs", 2, "--widths", "8,4", "--blocks", "1,2",
+        "--latent", 1, "--order", "post", "--activation", "silu", "--likelihood", "absolute", "--scaler", "minmax",
+        "--kld-weight", 0.5, "--validation", 0.25, "--patience", 3, "--contamination", 0.2, "--seed", 7,
+        "--learning-rate", 0.002, "--max-grad-norm", 3, "--score-by", "elbo", "--precision", "fp32",
+    )  # fmt: skip
+    detector = load(out)
+    assert detector.feature_names_in_.tolist() == ["flow", "temp"]
+    parameters = detector.get_params()
+    expected = {
+        "epochs": 2, "widths": [8, 4], "blocks": [1, 2], "latent_features": 1, "order": "post", "activation": "silu",
+        "likelihood": "absolute", "scaler": "minmax", "kld_weight": 0.5, "validation_fraction": 0.25, "patience": 3,
+        "contamination": 0.2, "random_state": 7, "learning_rate": 0.002, "max_grad_norm": 3.0, "anomaly_score": "elbo",
+        "precision": "fp32",
+    }  # fmt: skip
+    assert {name: parameters[name] for name in expected} == expected
+    assert detector.history_.epochs[0]["val_loss"] is not None
+
+
+def test_the_same_seed_gives_the_same_model(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    thresholds = []
+    for seed in (1, 1, 2):
+        result = run(
+            "fit", table, "--drop", "faulty,serial", "-o", tmp_path / "m", "-f", *QUICK, "--seed", seed, "--json"
+        )
+        thresholds.append(json.loads(result.stdout)["threshold"])
+    assert thresholds[0] == thresholds[1] != thresholds[2]
+
+
+def test_anomalies_by_value_and_kept(tmp_path: Path, run: Callable[..., Any]) -> None:
+    X, labels = make_rows(60, 10)
+    path = tmp_path / "t.csv"
+    lines = ["temp,flow,pressure,load,class"]
+    lines += [
+        ",".join(map(repr, row)) + "," + ("worn" if bad else "fine")
+        for row, bad in zip(X.tolist(), labels, strict=True)
+    ]
+    path.write_text("\n".join(lines))
+    arguments = ("fit", path, "--label", "class", "--json", *QUICK)
+    result = run(*arguments, "-o", tmp_path / "a", code=1)
+    assert "--anomaly-value" in result.stderr
+    assert "worn" in result.stderr
+    result = run(*arguments, "-o", tmp_path / "a", "--anomaly-value", "worn")
+    assert json.loads(result.stdout)["rows"] == 50
+    assert "left out 10 labelled anomalies" in result.stderr
+    result = run(*arguments, "-o", tmp_path / "b", "--anomaly-value", "worn", "--keep-anomalies")
+    assert json.loads(result.stdout)["rows"] == 60
+    result = run(*arguments, "-o", tmp_path / "c", "--anomaly-value", "rusty", code=1)
+    assert "'rusty' is not among the labels" in result.stderr
+
+
+def test_report_names_rows_and_features(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    pytest.importorskip("jinja2")
+    out = tmp_path / "m"
+    run("fit", table, "--id", "serial", "--label", "faulty", "-o", out, *QUICK, "--report", tmp_path / "r", "-q")
+    page = (tmp_path / "r" / "index.html").read_text()
+    assert "pressure" in page
+    assert "AUROC" in page
+    assert "Gradient norm" in page
+    assert '<b class="id">00' in page
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "parquet"])
+def test_formats(kind: str, tmp_path: Path, run: Callable[..., Any]) -> None:
+    X, labels = make_rows(40)
+    path = tmp_path / f"t.{kind}"
+    options: tuple[Any, ...] = ()
+    if kind == "npy":
+        np.save(path, X)
+    elif kind == "npz":
+        np.savez(path, X=X, y=labels, feature_names=np.array(COLUMNS))
+        options = ("--label", "y")
+    else:
+        pandas = pytest.importorskip("pandas")
+        pandas.DataFrame(X, columns=list(COLUMNS)).assign(y=labels).to_parquet(path)
+        options = ("--label", "y")
+    result = run("fit", path, "-o", tmp_path / "m", *options, *QUICK, "--json")
+    summary = json.loads(result.stdout)
+    assert summary["features"] == 4
+    assert summary["rows"] == (40 if kind == "npy" else 20)
+    names = getattr(load(tmp_path / "m"), "feature_names_in_", None)
+    assert (names is None) == (kind == "npy")
+
+
+def test_outputs_are_not_overwritten(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    out = tmp_path / "m.safetensors"
+    out.write_bytes(b"precious")
+    result = run("fit", table, "-o", out, *QUICK, code=2)
+    assert "exists" in result.stderr
+    assert "--force" in result.stderr
+    assert out.read_bytes() == b"precious"
+    page = tmp_path / "r.html"
+    page.write_text("precious")
+    run("fit", table, "-o", tmp_path / "n", "--report", page, *QUICK, code=2)
+    assert page.read_text() == "precious"
+    assert not (tmp_path / "n").exists()
+    run("fit", table, "--id", "serial", "-o", out, "--force", *QUICK)
+    assert load(out).n_features_in_ == 5
+
+
+def test_a_failed_run_leaves_the_old_model(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    out = tmp_path / "m.safetensors"
+    out.write_bytes(b"precious")
+    run("fit", table, "--id", "serial", "-o", out, "--force", "--epochs", 0, code=1)
+    assert out.read_bytes() == b"precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors"]
+
+
+def test_checkpoint_and_resume(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    state = tmp_path / "run.ckpt"
+    arguments = ("fit", table, "--id", "serial", "--checkpoint", state, *QUICK[2:], "--epochs", 3, "--json", "-q")
+    first = json.loads(run(*arguments, "-o", tmp_path / "a").stdout)
+    assert state.exists()
+    assert "exists" in run(*arguments, "-o", tmp_path / "b", code=2).stderr
+    again = json.loads(run(*arguments, "-o", tmp_path / "b", "--resume").stdout)
+    assert again["threshold"] == first["threshold"]
+    assert again["epochs"] == 3
+    anew = json.loads(run(*arguments, "-o", tmp_path / "c", "--force").stdout)
+    assert anew["threshold"] == first["threshold"]
+    assert "--checkpoint" in run("fit", table, "-o", tmp_path / "d", "--resume", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--model", "ae", "--order", "pre"), 2, "--model ae has no such parameter"),
+        (("--model", "gan"), 2, "'gan' is not one of"),
+        (("--widths", "8,x"), 2, "not a list of whole numbers"),
+        (("--image-shape", "8by8"), 2, "not of the form"),
+        (("--novel", "0"), 2, "only built-in data sets"),
+        (("--epochs", "-3"), 1, "epochs"),
+        (("--order", "middle"), 1, "order"),
+        (("--contamination", "0.9"), 1, "contamination"),
+        (("--label", "fauly"), 1, "did you mean 'faulty'"),
+        (("--columns", "temp,flaw"), 1, "'flaw' is not a column (did you mean 'flow'?)"),
+        (("--device", "abacus"), 1, "abacus"),
+    ],
+)
+def test_wrong_options(
+    options: tuple[str, ...], code: int, message: str, table: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    result = run("fit", table, "-o", tmp_path / "m", *options, code=code)
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n", "no rows"),
+        ("a,b\n1,2\n", "row"),
+        ("", "empty"),
+        ("a,b\n1,2\n3,red\n", "'b' (first 'red', line 3)"),
+        ("a,b\n1,2\n3,4,5\n", "line 3 has 3 values, expected 2"),
+        ("a,b\n1,2\n3,\n5,6\n", "1 NaN"),
+        ("a,b\n1,2\n3,inf\n5,6\n", "1 infinite"),
+    ],
+)
+def test_bad_tables(content: str, message: str, tmp_path: Path, run: Callable[..., Any]) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(content)
+    result = run("fit", path, "-o", tmp_path / "m", *QUICK, code=1)
+    assert message in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert not (tmp_path / "m").exists()
+
+
+def test_missing_values_are_filled_when_asked(tmp_path: Path, run: Callable[..., Any]) -> None:
+    X, _ = make_rows(30, 0)
+    X[3, 1] = np.nan
+    path = write_csv(tmp_path / "t.csv", X, ids=False)
+    assert "missing=" in run("fit", path, "-o", tmp_path / "m", *QUICK, code=1).stderr
+    run("fit", path, "-o", tmp_path / "m", *QUICK, "--missing", "median")
+    scores = run("score", tmp_path / "m", path, "-q").stdout.splitlines()
+    assert len(scores) == 31
+    assert "nan" not in "".join(scores)
+
+
+def test_debug_shows_the_traceback(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    result = run("fit", table, "-o", tmp_path / "m", "--order", "middle", "--debug", code=1)
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "error: " in result.stderr

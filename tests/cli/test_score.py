@@ -1,0 +1,238 @@
+"""``rvae-fast score`` and ``evaluate``: scores beside their ids, in any format and chunk size, and exit statuses."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rvae_fast.report import evaluate_scores
+from rvae_fast.serialization import load
+from tests.cli.conftest import COLUMNS, make_rows, write_csv
+
+Run = Callable[..., Any]
+
+
+def parse(text: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    rows = list(csv.reader(io.StringIO(text)))
+    assert rows[0] == ["id", "score", "anomaly"]
+    ids, scores, flags = zip(*rows[1:], strict=True)
+    return list(ids), np.array(scores, dtype=float), np.array(flags, dtype=int)
+
+
+@pytest.fixture(scope="session")
+def expected(model: Path) -> np.ndarray:
+    """Scores of the table's rows by the library."""
+    pandas = pytest.importorskip("pandas")
+    X, _ = make_rows()
+    return -load(model).score_samples(pandas.DataFrame(X, columns=list(COLUMNS)))
+
+
+def test_scores_go_to_standard_output_with_their_ids(model: Path, table: Path, expected: np.ndarray, run: Run) -> None:
+    result = run("score", model, table, "--id", "serial")
+    ids, scores, flags = parse(result.stdout)
+    assert ids == [f"{i:05d}" for i in range(240)]
+    assert scores.tolist() == expected.tolist()
+    assert flags.tolist() == (expected > load(model).threshold_).astype(int).tolist()
+    assert f"{flags.sum()} of 240 rows flagged" in result.stderr
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 239, 240, 10_000])
+def test_chunks_equal_the_whole(chunk: int, model: Path, table: Path, expected: np.ndarray, run: Run) -> None:
+    if chunk == 1:
+        short = table.read_text().splitlines()[:20]
+        ids, scores, _ = parse(run("score", model, "-", "--chunk-rows", 1, stdin="\n".join(short) + "\n").stdout)
+        assert ids == [str(i) for i in range(19)]
+        assert scores.tolist() == expected[:19].tolist()
+        return
+    ids, scores, _ = parse(run("score", model, table, "--chunk-rows", chunk, "--id", "serial").stdout)
+    assert len(set(ids)) == 240
+    assert scores.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "tsv", "parquet", "npz"])
+def test_output_formats(kind: str, model: Path, table: Path, expected: np.ndarray, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "sub" / f"scores.{kind}"
+    result = run("score", model, table, "--id", "serial", "--out", out, "--chunk-rows", 50)
+    assert result.stdout == ""
+    if kind == "npz":
+        with np.load(out, allow_pickle=False) as file:
+            ids, scores, flags = (file[name].tolist() for name in ("id", "score", "anomaly"))
+    elif kind == "parquet":
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.read_parquet(out)
+        ids, scores, flags = (frame[name].tolist() for name in ("id", "score", "anomaly"))
+    else:
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.read_csv(
+            out, sep="\t" if kind == "tsv" else ",", dtype={"id": str}, float_precision="round_trip"
+        )
+        ids, scores, flags = (frame[name].tolist() for name in ("id", "score", "anomaly"))
+    assert ids == [f"{i:05d}" for i in range(240)]
+    assert scores == expected.tolist()
+    assert set(flags) == {0, 1}
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_columns_are_found_by_name(model: Path, tmp_path: Path, expected: np.ndarray, run: Run) -> None:
+    X, _ = make_rows()
+    lines = ["note,load,pressure,temp,flow"]
+    lines += [f"hello,{d!r},{c!r},{a!r},{b!r}" for a, b, c, d in X.tolist()]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(lines))
+    assert parse(run("score", model, path).stdout)[1].tolist() == expected.tolist()
+
+
+def test_arrays_go_by_position(model: Path, tmp_path: Path, expected: np.ndarray, run: Run) -> None:
+    X, _ = make_rows()
+    for name in ("t.npy", "t.npz"):
+        np.save(tmp_path / name, X) if name == "t.npy" else np.savez(tmp_path / name, X=X)
+        result = run("score", model, tmp_path / name)
+        assert parse(result.stdout)[1].tolist() == expected.tolist()
+        assert "warning" not in result.stderr
+
+
+def test_standard_input(model: Path, table: Path, expected: np.ndarray, run: Run) -> None:
+    result = run("score", model, "-", "--id", "serial", "-q", stdin=table.read_bytes())
+    ids, scores, _ = parse(result.stdout)
+    assert ids[:2] == ["00000", "00001"]
+    assert scores.tolist() == expected.tolist()
+    assert result.stderr == ""
+    result = run("score", model, "-", stdin="temp,flow\n1,2\n", code=1)
+    assert "standard input: columns 'pressure' is not a column" in result.stderr
+
+
+def test_threshold_and_fail_on_anomaly(model: Path, table: Path, expected: np.ndarray, run: Run) -> None:
+    cut = float(np.sort(expected)[-11])
+    result = run("score", model, table, "--threshold", cut, "--fail-on-anomaly", code=3)
+    assert parse(result.stdout)[2].sum() == 10  # the output is complete all the same
+    run("score", model, table, "--threshold", expected.max(), "--fail-on-anomaly", code=0)
+
+
+def test_json_summary(model: Path, table: Path, expected: np.ndarray, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "s.csv"
+    summary = json.loads(run("score", model, table, "--id", "serial", "--json", "--out", out, "-q").stdout)
+    assert summary["rows"] == 240
+    assert summary["flagged"] == int((expected > summary["threshold"]).sum())
+    assert summary["highest_score"] == expected.max()
+    assert summary["highest_id"] == f"{int(expected.argmax()):05d}"
+    assert summary["out"] == str(out)
+    assert len(out.read_text().splitlines()) == 241
+    assert json.loads(run("score", model, table, "--json", "-q").stdout)["out"] is None
+
+
+def test_score_report_keeps_ids(model: Path, table: Path, expected: np.ndarray, tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("jinja2")
+    page = tmp_path / "r.html"
+    run("score", model, table, "--id", "serial", "--report", page, "--chunk-rows", 17, "-q", "-o", tmp_path / "s.csv")
+    text = page.read_text()
+    assert f'<b class="id">{int(expected.argmax()):05d}</b>' in text
+    assert "share of error" in text
+
+
+def test_outputs_are_not_overwritten(model: Path, table: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "s.csv"
+    out.write_text("precious")
+    assert "--force" in run("score", model, table, "-o", out, code=2).stderr
+    assert out.read_text() == "precious"
+    bad = write_csv(tmp_path / "bad.csv", make_rows(50)[0])
+    bad.write_text(bad.read_text() + "x,1,2,3\n")
+    run("score", model, bad, "-o", out, "--force", "--chunk-rows", 10, code=1)
+    assert out.read_text() == "precious"  # written whole, or not at all
+    run("score", model, table, "-o", out, "--force")
+    assert out.read_text().startswith("id,score")
+    assert {p.name for p in tmp_path.iterdir()} == {"s.csv", "bad.csv"}
+
+
+def corrupt(path: Path, kind: str, tmp_path: Path) -> Path:
+    data = path.read_bytes()
+    changed = {
+        "truncated": data[: len(data) // 2],
+        "flipped": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+        "text": b"not a model at all",
+        "empty": b"",
+    }[kind]
+    target = tmp_path / f"{kind}.safetensors"
+    target.write_bytes(changed)
+    return target
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "text", "empty"])
+def test_corrupt_models(kind: str, model: Path, table: Path, tmp_path: Path, run: Run) -> None:
+    path = corrupt(model, kind, tmp_path)
+    for arguments in (("score", path, table), ("evaluate", path, table, "--label", "faulty")):
+        result = run(*arguments, code=1)
+        assert str(path) in result.stderr
+        assert "damaged" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_other_wrong_input(model: Path, table: Path, tmp_path: Path, run: Run) -> None:
+    X, _ = make_rows(30)
+    narrow = tmp_path / "narrow.npy"
+    np.save(narrow, X[:, :3])
+    assert "3 features" in run("score", model, narrow, code=1).stderr
+    missing = tmp_path / "missing.csv"
+    missing.write_text("temp,flow,load\n1,2,3\n")
+    assert "'pressure' is not a column" in run("score", model, missing, code=1).stderr
+    holes = write_csv(tmp_path / "holes.csv", np.where(X[2, 1] == X, np.nan, X))
+    error = run("score", model, holes, code=1).stderr
+    assert "NaN" in error
+    assert "flow" in error
+    assert "no such file" in run("score", model, tmp_path / "nowhere.csv", code=1).stderr
+    assert "did you mean 'digits'" in run("score", model, "digit", code=1).stderr
+    assert "nowhere" in run("score", tmp_path / "nowhere.safetensors", table, code=1).stderr
+    assert ".csv" in run("score", model, table, "-o", tmp_path / "s.xlsx", code=2).stderr
+    assert "not a directory" in run("score", model, table, "-o", narrow / "s.csv", code=2).stderr
+
+
+def test_a_bare_network_is_no_detector(tmp_path: Path, table: Path, run: Run) -> None:
+    from rvae_fast import AE
+    from rvae_fast.serialization import save
+
+    save(AE(4, 2, n_layers=2), tmp_path / "net.safetensors")
+    assert "bare network (AE)" in run("score", tmp_path / "net.safetensors", table, code=1).stderr
+
+
+def test_evaluate_prints_exact_figures(
+    model: Path, table: Path, expected: np.ndarray, tmp_path: Path, run: Run
+) -> None:
+    _, labels = make_rows()
+    reference = evaluate_scores(expected, labels, load(model).threshold_)
+    arguments = ("evaluate", model, table, "--label", "faulty", "--id", "serial", "--chunk-rows", 33)
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert {name: found[name] for name in reference.to_dict()} == reference.to_dict()
+    assert found["auroc"] > 0.9
+    shown = run(*arguments, "--out", tmp_path / "s.csv").stdout
+    assert f"{reference.auroc:.4f}" in shown
+    assert f"{reference.false_negatives:,} missed" in shown
+    assert parse((tmp_path / "s.csv").read_text())[1].tolist() == expected.tolist()
+
+
+def test_evaluate_report(model: Path, table: Path, tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("jinja2")
+    run("evaluate", model, table, "--label", "faulty", "--id", "serial", "--report", tmp_path / "r", "--json")
+    page = (tmp_path / "r" / "index.html").read_text()
+    for expected in ("ROC curve", "Precision and recall", "Gradient norm", "pressure"):
+        assert expected in page
+    run("evaluate", model, table, "--label", "faulty", "--report", tmp_path / "r", code=2)
+
+
+def test_evaluate_labels(model: Path, tmp_path: Path, run: Run) -> None:
+    X, _ = make_rows(30)
+    one_class = write_csv(tmp_path / "one.csv", X, np.zeros(30))
+    result = run("evaluate", model, one_class, "--label", "faulty", "--json")
+    assert json.loads(result.stdout)["auroc"] is None
+    assert "both classes" in result.stderr
+    assert "undefined" in run("evaluate", model, one_class, "--label", "faulty").stdout
+    strange = write_csv(tmp_path / "strange.csv", X, np.arange(30) % 3)
+    assert "--anomaly-value" in run("evaluate", model, strange, "--label", "faulty", code=1).stderr
+    result = run("evaluate", model, strange, "--label", "faulty", "--anomaly-value", 2, "--anomaly-value", 1, "--json")
+    assert json.loads(result.stdout)["anomalies"] == 20
+    assert "--label" in run("evaluate", model, one_class, code=2).stderr
