@@ -220,8 +220,8 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         return {"device": resolve_device(self.device, self.model_), "precision": self.precision}
 
     def _scoring_options(self) -> dict[str, Any]:
-        kld_weight = 1.0 if getattr(self, "anomaly_score", None) == "elbo" else 0.0
-        return {"kld_weight": kld_weight, **self._network_options()}
+        weight = options.kld_weight(self) if getattr(self, "anomaly_score", None) == "elbo" else 0.0
+        return {"kld_weight": weight, **self._network_options()}
 
     def _check(self, X: Any) -> NDArray[Any]:
         check_is_fitted(self)

@@ -47,12 +47,13 @@ class RVAEDetector(BaseDetector):
     likelihood : {"squared", "absolute", "bernoulli"}, default "squared"
         Reconstruction error: squared, absolute, or binary cross-entropy (for values in [0, 1]: ``scaler="minmax"`` or
         None; values beyond the training range then count as its edge).
-    kld_weight : float, default 1.0
-        Weight of the KL divergence in the training loss (the beta of a beta-VAE).
+    kld_weight : float, optional
+        Weight of the KL divergence in the training loss (the beta of a beta-VAE). By default 0.2 with
+        ``scaler="standard"``, whose columns would otherwise be taken for half noise, and the article's 1 without.
     kld_warmup_epochs : float, default 0.0
         Epochs over which that weight rises from 0.
     anomaly_score : {"reconstruction", "elbo"}, default "reconstruction"
-        What a row is scored by: its reconstruction error, as in the article, or that plus the KL divergence.
+        What a row is scored by: its reconstruction error, as in the article, or that plus the weighted KL divergence.
     epochs : int, optional
         By default as many as make about 1000 optimiser steps, but 20 at least and 300 at most.
     batch_size : int, default 256
@@ -100,7 +101,8 @@ class RVAEDetector(BaseDetector):
     -----
     The default network depends on the number of columns *d*. Up to 255: widths 128 and 64 with two and one residual
     units, and a code of about the square root of *d*. From 256 on (images): ``n_layers=10`` and a code of 20, the
-    article's. With a code as wide as the table nothing would have to be learnt.
+    article's. With a code as wide as the table nothing would have to be learnt; a table of one column cannot have a
+    narrower one, and is better served by a univariate method.
 
     Examples
     --------
@@ -130,7 +132,7 @@ class RVAEDetector(BaseDetector):
         activation: str = "leaky_relu",
         negative_slope: float = 0.01,
         likelihood: str = "squared",
-        kld_weight: float = 1.0,
+        kld_weight: float | None = None,
         kld_warmup_epochs: float = 0.0,
         anomaly_score: str = "reconstruction",
         epochs: int | None = None,
@@ -172,7 +174,7 @@ class VAEDetector(BaseDetector):
         activation: str = "leaky_relu",
         negative_slope: float = 0.01,
         likelihood: str = "squared",
-        kld_weight: float = 1.0,
+        kld_weight: float | None = None,
         kld_warmup_epochs: float = 0.0,
         anomaly_score: str = "reconstruction",
         epochs: int | None = None,

@@ -184,7 +184,18 @@ def test_elbo_adds_the_kl_divergence(table: np.ndarray) -> None:
     with torch.no_grad():
         kld = elbo.model_.loss_terms(x)[1].numpy()
     assert (kld > 0).all()
-    np.testing.assert_allclose(elbo.score_samples(table), reconstruction.score_samples(table) - kld, rtol=1e-5)
+    error = -reconstruction.score_samples(table)
+    np.testing.assert_allclose(-elbo.score_samples(table), error + 0.2 * kld, rtol=1e-5)
+    elbo.set_params(kld_weight=3.0)
+    np.testing.assert_allclose(-elbo.score_samples(table), error + 3 * kld, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "weight"), [({}, 0.2), ({"scaler": "minmax"}, 1.0), ({"scaler": None}, 1.0), ({"kld_weight": 0.5}, 0.5)]
+)
+def test_default_kld_weight_follows_the_scaler(options: dict[str, Any], weight: float, table: np.ndarray) -> None:
+    detector = VAEDetector(**SMALL, **options).fit(table)
+    assert {row["kld_weight"] for row in detector.history_.epochs} == {weight}
 
 
 def test_dataframe_names_are_kept_and_checked(table: np.ndarray) -> None:
