@@ -41,7 +41,7 @@ def default_architecture(n_features: int) -> dict[str, Any]:
 
 
 def default_epochs(n_rows: int, batch_size: int, accumulate: int = 1) -> int:
-    """Epochs for a table of so many rows: about :data:`STEPS` optimiser steps' worth, but 20 at least and 300 at most."""
+    """Epochs for a table of so many rows: about :data:`STEPS` optimiser steps' worth, within 20 and 300."""
     return min(300, max(20, math.ceil(STEPS * batch_size * accumulate / n_rows)))
 
 
