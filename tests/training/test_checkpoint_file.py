@@ -1,0 +1,84 @@
+"""The checkpoint as a file: damaged, foreign, half written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rvae_fast import _checkpoint
+from rvae_fast.training import CheckpointError, TrainingConfig, train
+
+BASE: dict[str, Any] = {"epochs": 2, "batch_size": 8, "precision": "fp32", "seed": 11}
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "noise":
+        path.write_bytes(np.random.default_rng(0).bytes(2000))
+    elif how == "foreign":
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(3)}, path, metadata={"format": "pt"})
+    elif how == "other":
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(3)}, path, metadata={"rvae_fast": json.dumps({"format": "rvae_fast.model"})})
+    elif how == "pickle":
+        torch.save({"weight": torch.zeros(3)}, path)
+    else:
+        tensors, header = _checkpoint.load(path)
+        if how == "newer":
+            header["version"] = _checkpoint.VERSION + 1
+        elif how == "header":
+            del header["position"]
+        elif how == "tensors":
+            del tensors["optimizer.steps"]
+        _checkpoint.save(path, tensors, {k: v for k, v in header.items() if k != "format"})
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "noise", "foreign", "other", "pickle", "newer", "header", "tensors"]
+)
+def test_a_damaged_file_is_refused(model, table, same, tmp_path: Path, how: str) -> None:
+    config = TrainingConfig(**BASE, checkpoint=str(tmp_path / "run"))
+    train(model(), table(40), config)
+    damage(tmp_path / "run", how)
+    other = model(seed=1)
+    weights = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match="version 2; .* install a newer" if how == "newer" else "damaged"):
+        train(other, table(40), config, resume=True)
+    same(weights, other.state_dict())
+
+
+def test_a_failed_write_leaves_the_old_file(model, table, tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "run"
+    config = TrainingConfig(**BASE, checkpoint=str(path))
+    train(model(), table(40), config)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(model(), table(40), config)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).view(2, 3)
+    _checkpoint.save(tmp_path / "file", {"a": shared, "b": shared, "c": shared.t()}, {})
+    tensors, _ = _checkpoint.load(tmp_path / "file")
+    assert torch.equal(tensors["b"], shared)
+    assert torch.equal(tensors["c"], shared.t())
