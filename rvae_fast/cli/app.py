@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -66,4 +67,7 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """Run the command line; the entry point of ``rvae-fast``."""
+    # Read by OpenMP when torch is imported. Spinning threads cost a small network on a busy machine three times the
+    # processor time; whoever has the machine to himself may set the variable to "active".
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app(prog_name="rvae-fast")

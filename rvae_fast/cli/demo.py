@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
-# About a minute's worth on two cores, where the data set's own number would take long.
+# Minutes on two cores, where the preset's own number would take an hour.
 _EPOCHS = {"mnist": 10, "fashion_mnist": 10, "emnist": 5, "covertype": 5, "kddcup99": 15, "shuttle": 15}
 
 # The threshold flags this share of held-out normal rows.
@@ -68,7 +68,10 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for report and model.")] = Path("demo-report"),
     epochs: Annotated[
-        int | None, typer.Option("--epochs", "-e", min=1, help="[default: about a minute's worth; mnist: 10]")
+        int | None,
+        typer.Option(
+            "--epochs", "-e", min=1, help="[default: by the data; digits: 100, mnist: 10, which takes minutes]"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split and of the training.")] = 0,
     json_output: JsonOption = False,

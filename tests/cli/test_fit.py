@@ -189,7 +189,7 @@ def test_wrong_options(
     ("content", "message"),
     [
         ("a,b\n", "no rows"),
-        ("a,b\n1,2\n", "row"),
+        ("a,b\n1,2\n", "minimum of 2 is required"),
         ("", "empty"),
         ("a,b\n1,2\n3,red\n", "'b' (first 'red', line 3)"),
         ("a,b\n1,2\n3,4,5\n", "line 3 has 3 values, expected 2"),
