@@ -210,7 +210,7 @@ def write_report(
     reconstruction : array-like of the shape of ``X``, optional
         What the model made of them, in input units.
     rows : array-like of int, optional
-        Where ``X`` and ``reconstruction`` hold only some rows (see :class:`ExtremeRows`): which of the scores they have.
+        Where ``X`` and ``reconstruction`` hold only some rows (see :class:`ExtremeRows`): their positions.
     image_shape : tuple of int, optional
         (height, width) or (height, width, 1 or 3). Shows rows as images, not as feature tables.
     feature_names : sequence of str, optional

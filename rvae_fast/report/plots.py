@@ -74,12 +74,12 @@ def plot_histogram(
         axes.set_xlim(edges[0], edges[-1])
         if log_counts:
             axes.set_yscale("log")
-            axes.set_ylim(0.8, tall * 1.6)
+            axes.set_ylim(0.8, tall * 1.6 * max(1.0, tall) ** 0.3)  # room for the legend
         else:
             axes.set_ylim(0, tall * 1.12)
         axes.set_xlabel("anomaly score" + (", log scale" if logarithmic else ""))
         axes.set_ylabel("rows" + (", log scale" if log_counts else ""))
-        axes.legend(loc="best", frameon=True)
+        axes.legend(loc="upper right" if log_counts else "best", frameon=True)
 
     kinds = "" if labels is None else ", normal rows and labelled anomalies apart"
     span = f", from {number(scores.min())} to {number(scores.max())}" if scores.size else ""
