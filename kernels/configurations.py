@@ -1,0 +1,172 @@
+"""Which tiles a layer kernel runs with, and whether a layer runs fused or by the library's product.
+
+The candidates are a short list for each kernel, arithmetic and family of chips, largest tile first; every one of them
+compiles without spilled registers and within its chip's shared memory (``tests/kernels/test_resources.py`` holds it to
+that). Among them :func:`heuristic` takes the first that fills the machine, so that tiles, and with them the order of
+every sum, depend on the shape and the chip alone.
+
+What the lists rest on, by arithmetic (none of it measured yet on a GPU):
+
+* The forward's prologue costs about 7 fp32 instructions an element of its operand for every column tile, the product
+  2 * block_n tensor operations: with block_n = 128 the two take about as long on an H100, so wide column tiles pay.
+* The backward's prologue reads three tiles instead of one; 128 x 128 tiles spill there, 64 x 128 with 8 warps do not.
+* A fused forward saves the traffic of about 4 * rows * width elements. On an H100 (3.0 TB/s, 800 TFLOP/s in bf16) that
+  is 1067 / width of the product's time: at width 1024 a fused product may run at half of cuBLAS's rate and break even,
+  at 2048 it needs two thirds of it, which one with its operand in registers is not sure to reach: ``FUSED_WIDTH``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Widest layer that runs fused on tensor cores; wider ones run by the library's product. By arithmetic, see above.
+FUSED_WIDTH = 1024
+#: The same for fp32 products without tensor cores, where the product takes most of the time much earlier.
+FUSED_WIDTH_IEEE = 128
+#: Multiprocessors assumed where there is no device to ask (the interpreter).
+DEFAULT_MULTIPROCESSORS = 132
+
+
+class TileConfig(NamedTuple):
+    """Tile of the product: ``block_m`` x ``block_n`` results in steps of ``block_k`` along the sum."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+    group_m: int = 8
+
+
+def _tiles(*configs: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
+    return tuple(TileConfig(*config) for config in configs)
+
+
+# By kernel, arithmetic ("half" is bf16 and fp16) and family of chips; None: every family without its own list.
+_CANDIDATES: dict[tuple[str, str, int | None], tuple[TileConfig, ...]] = {
+    ("forward", "half", None): _tiles((64, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
+    ("forward", "half", 80): _tiles((128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 4)),
+    ("forward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
+    ("forward", "ieee", None): _tiles((64, 64, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("backward", "half", None): _tiles((64, 128, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3)),
+    ("backward", "half", 80): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
+    ("backward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
+    ("backward", "ieee", None): _tiles((64, 64, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("weight", "half", None): _tiles((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
+    ("weight", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
+    ("weight", "ieee", None): _tiles((64, 64, 16, 4, 2)),
+}
+KERNELS = ("forward", "backward", "weight")
+ARITHMETICS = ("half", "tf32", "ieee")
+
+# Operand tiles of the prologue at most: x and skip; g, y and the skip's gradient; grad_y.
+_PROLOGUE_TILES = {"forward": 2, "backward": 3, "weight": 1}
+
+
+def family(capability: int) -> int:
+    """The family of compute capability ``capability`` (90 is sm_90) whose lists a chip takes: 80, 90 or 100.
+
+    Consumer chips (sm_86, sm_89, sm_120) have sm_80's instructions, and its lists as far as their shared memory goes.
+    """
+    return {9: 90, 10: 100}.get(capability // 10, 80)
+
+
+def shared_memory_bound(kernel: str, config: TileConfig, itemsize: int) -> int:
+    """Bytes of shared memory that ``config`` takes at most: every stage's tiles, and a little for reductions."""
+    tiles = _PROLOGUE_TILES[kernel] * config.block_m + config.block_n
+    return config.num_stages * config.block_k * tiles * itemsize + 2048
+
+
+def candidates(
+    kernel: str, arithmetic: str, capability: int, shared_memory: int | None = None
+) -> tuple[TileConfig, ...]:
+    """The configurations that can be chosen for a kernel on a chip with ``shared_memory`` bytes a block."""
+    configs = _CANDIDATES.get((kernel, arithmetic, family(capability))) or _CANDIDATES[kernel, arithmetic, None]
+    if shared_memory is None:
+        return configs
+    itemsize = 2 if arithmetic == "half" else 4
+    fitting = tuple(c for c in configs if shared_memory_bound(kernel, c, itemsize) <= shared_memory)
+    return fitting or configs[-1:]
+
+
+def heuristic(kernel: str, configs: tuple[TileConfig, ...], multiprocessors: int, m: int, n: int, k: int) -> TileConfig:
+    """The largest tile that is no wider than the result and gives every multiprocessor one, else the smallest.
+
+    The weight gradient, whose result is small, splits the sum until the machine is full, down to two steps a split.
+    """
+    chosen = configs[-1]
+    for config in configs:
+        tiles = -(-m // config.block_m) * -(-n // config.block_n)
+        fits = config.block_n <= max(n, configs[-1].block_n) and (kernel != "weight" or config.block_m <= m)
+        if kernel == "weight":
+            tiles *= k // (4 * config.block_k)  # splits of four steps and more
+        if fits and tiles >= multiprocessors:
+            chosen = config
+            break
+    if kernel == "weight":
+        tiles = -(-m // chosen.block_m) * -(-n // chosen.block_n)
+        steps = -(-k // chosen.block_k)
+        chosen = chosen._replace(splits=max(1, min(multiprocessors // tiles, steps // 2)))
+    return chosen
+
+
+@functools.lru_cache(maxsize=64)
+def device_facts(device: torch.device) -> tuple[int, int, int]:
+    """Compute capability (90 for sm_90), shared memory a block in bytes and multiprocessors of a CUDA device."""
+    facts = torch.cuda.get_device_properties(device)
+    shared = getattr(facts, "shared_memory_per_block_optin", 99 * 1024)
+    return facts.major * 10 + facts.minor, shared, facts.multi_processor_count
+
+
+def arithmetic_of(dtype: torch.dtype) -> str:
+    """``"half"`` for bf16 and fp16, else what torch allows fp32 products on GPUs: ``"tf32"`` or ``"ieee"``."""
+    if dtype != torch.float32:
+        return "half"
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision is None:  # before PyTorch 2.9
+        return "tf32" if matmul.allow_tf32 else "ieee"
+    if precision == "none":
+        precision = getattr(torch.backends, "fp32_precision", "ieee")
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s ``input_precision`` for operands of ``dtype``."""
+    return "tf32" if arithmetic_of(dtype) == "tf32" else "ieee"
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(kernel: str, arithmetic: str, device: torch.device, m: int, n: int, k: int) -> TileConfig:
+    if device.type != "cuda":
+        return heuristic(kernel, candidates(kernel, arithmetic, 90), DEFAULT_MULTIPROCESSORS, m, n, k)
+    capability, shared, multiprocessors = device_facts(device)
+    return heuristic(kernel, candidates(kernel, arithmetic, capability, shared), multiprocessors, m, n, k)
+
+
+def forward_config(x: Tensor, weight: Tensor, rows: int) -> TileConfig:
+    """Tiles of ``layer_forward`` for ``weight[out, in]``."""
+    out, inner = weight.shape
+    return _chosen("forward", arithmetic_of(weight.dtype), x.device, rows, out, inner)
+
+
+def backward_config(g: Tensor, weight: Tensor, rows: int) -> TileConfig:
+    """Tiles of ``layer_backward`` for ``weight[out, in]``."""
+    out, inner = weight.shape
+    return _chosen("backward", arithmetic_of(weight.dtype), g.device, rows, inner, out)
+
+
+def weight_config(grad_y: Tensor, x: Tensor, dtype: torch.dtype) -> TileConfig:
+    """Tiles and splits of ``weight_gradient``, for a product in ``dtype``."""
+    return _chosen("weight", arithmetic_of(dtype), x.device, grad_y.shape[1], x.shape[1], x.shape[0])
+
+
+def strategy(dtype: torch.dtype, rows: int, width: int) -> str:
+    """``"fused"`` or ``"plain"``, for the layers of a stack of this width with products in ``dtype``."""
+    limit = FUSED_WIDTH_IEEE if arithmetic_of(dtype) == "ieee" else FUSED_WIDTH
+    return "fused" if width <= limit else "plain"

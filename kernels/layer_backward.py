@@ -1,0 +1,198 @@
+"""One layer backward, input side: BatchNorm input gradient, matrix product, activation's derivative, column sums.
+
+======================  ==================  =========  ============================================================
+tensor                  shape               dtype      stored or recomputed
+======================  ==================  =========  ============================================================
+g                       [rows, out]         any        read: the gradient of y, or d of the norm that follows
+y                       [rows, out]         any        read: the layer's raw output, for that norm's input gradient
+norm_grad               [4, out]            fp32       read: mean, scale, b, c (``batch_norm.merge_gradients``)
+skip_grad               [rows, out]         any        read: the gradient that came over the skip connection
+grad_y                  [rows, out]         y's        recomputed; stored once, for the weight gradient and the skip
+weight                  [out, in]           dot type   read
+x, norm, skip           as in the forward              read: the forward's prologue is recomputed from them
+residual                [rows, in]          any        read: a gradient added to the product (order "post")
+d                       [rows, in]          chosen     stored: gradient at the activation's input
+tile_sums               [2, tiles, in]      fp32       stored per row tile: column sums of d and of d * xhat
+======================  ==================  =========  ============================================================
+
+1. Prologue, in registers: ``grad_y = scale * g - b - (y - mean) * c + skip_grad``: BatchNorm's input gradient and the
+   skip's, fp32, rounded to the dot type.
+2. Product ``grad_y @ weight`` on tensor cores, accumulated in fp32.
+3. Epilogue: ``d = (product + residual) * activation'(norm(x) + skip)`` and the two sums a column that BatchNorm's
+   backward needs, of d as rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate_backward
+from .configurations import TileConfig, backward_config, input_precision
+from .layer_forward import tile_order
+
+
+@triton.jit
+def norm_input_gradient(g, y, norm_grad_ptr, columns, mask, N):
+    """``scale * g - b - (y - mean) * c`` of a tile ``[rows, columns]``; 0 in columns outside the mask."""
+    mean = tl.load(norm_grad_ptr + columns, mask=mask, other=0.0)
+    scale = tl.load(norm_grad_ptr + N + columns, mask=mask, other=0.0)
+    b = tl.load(norm_grad_ptr + 2 * N + columns, mask=mask, other=0.0)
+    c = tl.load(norm_grad_ptr + 3 * N + columns, mask=mask, other=0.0)
+    return scale[None, :] * g - b[None, :] - (y - mean[None, :]) * c[None, :]
+
+
+@triton.jit
+def activation_gradient(
+    grad, x, skip_ptr, offsets, mask, norm_ptr, columns, column_mask, N, row_mask, slope, dtype,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Gradient at the activation's input, in ``dtype`` (0 outside the rows), and its two column sums in fp32."""
+    mean = tl.load(norm_ptr + columns, mask=column_mask, other=0.0)
+    rstd = tl.load(norm_ptr + N + columns, mask=column_mask, other=0.0)
+    scale = tl.load(norm_ptr + 3 * N + columns, mask=column_mask, other=0.0)
+    shift = tl.load(norm_ptr + 4 * N + columns, mask=column_mask, other=0.0)
+    centred = x - mean[None, :]
+    a = centred * scale[None, :] + shift[None, :]
+    if skip_ptr is not None:
+        a += tl.load(skip_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    d = activate_backward(grad, a, ACTIVATION, slope)
+    d = tl.where(row_mask[:, None], d, 0.0).to(dtype)
+    rounded = d.to(tl.float32)
+    return d, tl.sum(rounded, axis=0), tl.sum(rounded * centred, axis=0) * rstd
+
+
+@triton.jit
+def _layer_backward_kernel(
+    g_ptr,  # [M, N]
+    y_ptr,  # [M, N], or None: g is the gradient of y already
+    norm_grad_ptr,  # [4, N] fp32, or None with y
+    skip_grad_ptr,  # [M, N] or None
+    grad_y_ptr,  # [M, N] or None
+    weight_ptr,  # [N, K]
+    residual_ptr,  # [M, K] or None
+    x_ptr,  # [M, K], or None: d is the product
+    norm_ptr,  # [5, K] fp32, or None with x
+    skip_ptr,  # [M, K] or None
+    d_ptr,  # [M, K]
+    tile_sums_ptr,  # [2, tiles, K] fp32, or None with x
+    M,
+    N,
+    K,
+    slope,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of d, of which there are K
+    BLOCK_K: tl.constexpr,  # step along the sum, over N
+    GROUP_M: tl.constexpr,
+):
+    tile_m, tile_n = tile_order(M, K, BLOCK_M, BLOCK_N, GROUP_M)
+    first = tile_m.to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    row_mask = rows < M - first
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < K
+
+    g_tile = first * N + rows[:, None] * N
+    # The programs of the first column tile store grad_y for all.
+    grad_y_row_mask = rows < tl.where(tile_n == 0, M - first, 0)
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for n in range(0, N, BLOCK_K):
+        ns = n + tl.arange(0, BLOCK_K)
+        n_mask = ns < N
+        mask = row_mask[:, None] & n_mask[None, :]
+        weight = tl.load(
+            weight_ptr + ns[:, None] * K + columns[None, :], mask=n_mask[:, None] & column_mask[None, :], other=0.0
+        )
+        g = tl.load(g_ptr + g_tile + ns[None, :], mask=mask, other=0.0)
+        if y_ptr is not None:
+            y = tl.load(y_ptr + g_tile + ns[None, :], mask=mask, other=0.0).to(tl.float32)
+            grad_y = norm_input_gradient(g.to(tl.float32), y, norm_grad_ptr, ns, n_mask, N)
+            if skip_grad_ptr is not None:
+                grad_y += tl.load(skip_grad_ptr + g_tile + ns[None, :], mask=mask, other=0.0).to(tl.float32)
+            g = grad_y
+            if grad_y_ptr is not None:
+                stored = grad_y.to(grad_y_ptr.dtype.element_ty)
+                tl.store(grad_y_ptr + g_tile + ns[None, :], stored, mask=grad_y_row_mask[:, None] & n_mask[None, :])
+        product = tl.dot(g.to(weight_ptr.dtype.element_ty), weight, product, input_precision=PRECISION)
+
+    offsets = first * K + rows[:, None] * K + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    if residual_ptr is not None:
+        product += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if x_ptr is not None:
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        d, sum_d, sum_dx = activation_gradient(
+            product, x, skip_ptr, offsets, mask, norm_ptr, columns, column_mask, K, row_mask, slope,
+            d_ptr.dtype.element_ty, ACTIVATION,
+        )  # fmt: skip
+        tl.store(d_ptr + offsets, d, mask=mask)
+        tl.store(tile_sums_ptr + tile_m * K + columns, sum_d, mask=column_mask)
+        tl.store(tile_sums_ptr + tl.cdiv(M, BLOCK_M) * K + tile_m * K + columns, sum_dx, mask=column_mask)
+    else:
+        tl.store(d_ptr + offsets, product.to(d_ptr.dtype.element_ty), mask=mask)
+
+
+def layer_backward(
+    g: Tensor,
+    weight: Tensor,
+    *,
+    y: Tensor | None = None,
+    norm_grad: Tensor | None = None,
+    skip_grad: Tensor | None = None,
+    residual: Tensor | None = None,
+    x: Tensor | None = None,
+    norm: Tensor | None = None,
+    skip: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    dtype: torch.dtype | None = None,
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradient at the input of the activation before the layer (``x``, ``norm`` given) or of the layer's input (not).
+
+    Parameters
+    ----------
+    g : [rows, out] contiguous, rows > 0
+        The gradient of the layer's output; with ``y``, d of the BatchNorm that follows the layer.
+    weight : [out, in] contiguous
+        Its dtype is the product's.
+    y, norm_grad : [rows, out] and fp32 [4, out], optional
+        The layer's output and the coefficients of that BatchNorm's input gradient.
+    skip_grad : [rows, out], optional
+        Added to that input gradient.
+    residual : [rows, in], optional
+        Added to the product before the activation's derivative.
+    x, norm, skip, activation, negative_slope
+        The forward's prologue.
+    dtype : torch.dtype, optional
+        Of d; by default the weight's.
+    config : TileConfig, optional
+        The tile sizes; by default the table's.
+
+    Returns
+    -------
+    d : [rows, in]
+    grad_y : [rows, out]
+        The gradient of the layer's output: a new tensor of y's dtype with ``y``, otherwise ``g``.
+    tile_sums : fp32 [2, tiles, in] or None
+        Column sums of d and of d * xhat over each row tile.
+    """
+    rows, out = g.shape
+    inner = weight.shape[1]
+    if config is None:
+        config = backward_config(g, weight, rows)
+    tiles = triton.cdiv(rows, config.block_m)
+    d = weight.new_empty((rows, inner), dtype=dtype)
+    grad_y = None if y is None else torch.empty_like(y)
+    tile_sums = g.new_empty((2, tiles, inner), dtype=torch.float32) if x is not None else None
+    _layer_backward_kernel[(tiles * triton.cdiv(inner, config.block_n),)](
+        g, y, norm_grad, skip_grad, grad_y, weight, residual, x, norm, skip, d, tile_sums, rows, out, inner,
+        negative_slope, ACTIVATION=activation, PRECISION=input_precision(weight.dtype),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return d, g if grad_y is None else grad_y, tile_sums
