@@ -220,7 +220,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         return {"device": resolve_device(self.device, self.model_), "precision": self.precision}
 
     def _scoring_options(self) -> dict[str, Any]:
-        weight = options.kld_weight(self) if getattr(self, "anomaly_score", None) == "elbo" else 0.0
+        weight = getattr(self, "kld_weight", 0.0) if getattr(self, "anomaly_score", None) == "elbo" else 0.0
         return {"kld_weight": weight, **self._network_options()}
 
     def _check(self, X: Any) -> NDArray[Any]:

@@ -41,22 +41,8 @@ def default_architecture(n_features: int) -> dict[str, Any]:
 
 
 def default_epochs(n_rows: int, batch_size: int, accumulate: int = 1) -> int:
-    """Epochs for a table of so many rows: about :data:`STEPS` optimiser steps' worth, within 20 and 300."""
-    return min(300, max(20, math.ceil(STEPS * batch_size * accumulate / n_rows)))
-
-
-def kld_weight(detector: Any) -> float:
-    """Weight of the KL divergence: the one given, else 0.2 for standardised columns and 1 for others; 0 without a KL.
-
-    A summed squared error plus ``w`` times the KL is, up to scale, the negative ELBO of a Gaussian whose variance about
-    the reconstruction is ``w / 2``. For columns of unit variance a weight of 1 would take half of it for noise, and the
-    code would leave out what explains less; 0.2 takes a tenth.
-    """
-    if not hasattr(detector, "kld_weight"):
-        return 0.0
-    if detector.kld_weight is not None:
-        return float(detector.kld_weight)
-    return 0.2 if detector.scaler == "standard" else 1.0
+    """Epochs for a table of so many rows: about :data:`STEPS` optimiser steps' worth, within 20 and 1000."""
+    return min(1000, max(20, math.ceil(STEPS * batch_size * accumulate / n_rows)))
 
 
 def check(detector: Any) -> None:
@@ -79,8 +65,6 @@ def training_config(detector: Any, seed: int, n_rows: int) -> TrainingConfig:
     # A resumed run without a random_state has its seed in the checkpoint.
     given_seed = None if detector.resume and detector.random_state is None else seed
     given = {name: getattr(detector, name) for name in _TRAINING if hasattr(detector, name)}
-    if "kld_weight" in given and given["kld_weight"] is None:
-        given["kld_weight"] = kld_weight(detector)
     epochs = given.pop("epochs")
     config = TrainingConfig(**given, seed=given_seed, progress=bool(detector.verbose))
     if epochs is None:

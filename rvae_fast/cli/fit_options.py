@@ -67,7 +67,7 @@ PARAMETERS = (
         "kld_weight",
         "--kld-weight",
         float,
-        "Of the KL divergence [default: 0.2 for standardised columns, else 1].",
+        "Of the KL divergence [default: 1].",
         TRAINING,
     ),
     Parameter("kld_warmup_epochs", "--kld-warmup-epochs", float, "Epochs over which it rises.", TRAINING),
