@@ -1,15 +1,14 @@
 """What every benchmark here shares: how a call is timed, how implementations are compared, what is written down.
 
-* Implementations are **interleaved** in one process: each round times every one of them once, in a rotating order, so
+* Implementations are **interleaved** in one process: each round times every one of them once, in a shuffled order, so
 that
   whatever else the machine does falls on all alike. The figure is the median over rounds; a ratio is the median of the
   rounds' own ratios.
-* Inputs **rotate** over more buffers than the last-level cache holds, so that no call finds in the cache what the one
-before
-  it left there.
+* Inputs **rotate** over more buffers than the last-level cache holds, so that no call finds its inputs in the cache.
+  Each timed call follows an untimed one of the same implementation: caches and allocator are as that implementation
+  leaves them, and none pays for writing back what another one wrote.
 * A memory-bound call has a **floor**: the bytes it cannot avoid moving, over the bandwidth of a plain copy, measured in
-the
-  same process the same way. ``share`` is floor / time.
+  the same process the same way. ``share`` is floor / time.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -107,10 +107,13 @@ def interleave(
         for _ in range(3):
             seconds(variant.run, next(supply), device)
     times: list[list[float]] = [[] for _ in variants]
-    for r in range(rounds):
-        for k in range(len(variants)):
-            which = (r + k) % len(variants)
-            times[which].append(seconds(variants[which].run, next(supply), device))
+    order = list(range(len(variants)))
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for k in order:
+            seconds(variants[k].run, next(supply), device)
+            times[k].append(seconds(variants[k].run, next(supply), device))
     return times
 
 

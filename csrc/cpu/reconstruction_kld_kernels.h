@@ -17,6 +17,15 @@ S at(const Column& column, int64_t index) {
   return static_cast<const S*>(column.data)[index * column.stride];
 }
 
+// The hardware's own prefetchers stop at the end of a page; asking this far ahead keeps the forward's reads going. (The
+// backward, which writes as much as half of what it reads, gained nothing from it.)
+constexpr int64_t kPrefetchBytes = 2048;
+
+template <class T>
+void prefetch(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);
+}
+
 // --- the error of one feature, and its slopes ---
 
 template <class V, Likelihood L>
@@ -70,6 +79,8 @@ void error_forward(const ErrorForward& args, int64_t begin, int64_t end) {
     const X* x = row<X>(args.x, b);
     const H* x_hat = row<H>(args.x_hat, b);
     const auto term = [&](int64_t f) {
+      prefetch(x + f);
+      prefetch(x_hat + f);
       const Reg value = Term<V, L>::value(V::load(x + f), V::load(x_hat + f));
       return Weighted ? value * V::load(weight + f) : value;
     };
