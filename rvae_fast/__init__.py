@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from rvae_fast.ops.reconstruction_kld import reconstruction_kld as reconstruction_kld
     from rvae_fast.presets import preset as preset
     from rvae_fast.report import write_report as write_report
+    from rvae_fast.scorer import Scorer as Scorer
+    from rvae_fast.scorer import freeze as freeze
     from rvae_fast.scoring import score_rows as score_rows
     from rvae_fast.serialization import load as load
     from rvae_fast.serialization import save as save
@@ -63,6 +65,8 @@ _PUBLIC = {
     "NonFiniteError": "training",
     "train": "training",
     "score_rows": "scoring",
+    "freeze": "scorer",
+    "Scorer": "scorer",
     "save": "serialization",
     "load": "serialization",
     "preset": "presets",

@@ -1,4 +1,4 @@
-"""Residual blocks as modules: parameters and state; the mathematics is in :mod:`rvae_fast.reference` and the ops.
+"""Residual blocks as modules: parameters and state; the mathematics is in :mod:`rvae_fast.ops`.
 
 The blocks hold ordinary ``nn.BatchNorm1d`` and ``nn.Linear`` submodules, so a state dict moves between them and the
 same block written by hand. The submodules are containers: a block reads their parameters and buffers and runs the
@@ -7,14 +7,16 @@ whole unit at once, so forward hooks on them do not fire.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rvae_fast import reference
 from rvae_fast._activations import check_activation
 from rvae_fast._architecture import positive_int
+from rvae_fast.ops.residual_stack import residual_stack
 
 ORDERS = ("pre", "post")
 
@@ -41,6 +43,44 @@ def _advance(norm: nn.BatchNorm1d) -> tuple[bool, float]:
         if norm.momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
     return norm.training or norm.running_mean is None, momentum
+
+
+def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
+    """Run units that differ in nothing but their parameters and state, as one op."""
+    first = blocks[0]
+    norms: list[Any] = [norm for block in blocks for norm in block.norms]
+    linears: list[Any] = [linear for block in blocks for linear in block.linears]
+    batch_stats, momentum = zip(*(_advance(norm) for norm in norms), strict=True)
+    return residual_stack(
+        input,
+        [linear.weight for linear in linears],
+        [linear.bias for linear in linears],
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        [norm.running_mean for norm in norms],
+        [norm.running_var for norm in norms],
+        layers=first.layers,
+        order=first.order,
+        activation=first.activation,
+        negative_slope=first.negative_slope,
+        eps=first.eps,
+        momentum=momentum,
+        batch_stats=batch_stats,
+        dropout=first.dropout if first.training else 0.0,
+    )
+
+
+def _alike(blocks: Sequence[Any]) -> bool:
+    """Whether the units of a stack can run as one op: same options, and no hook waits for one of them to be called."""
+    if not blocks or not all(type(block) is ResidualBlock for block in blocks):
+        return False
+    if any(b._forward_hooks or b._forward_pre_hooks or b._backward_hooks or b._backward_pre_hooks for b in blocks):
+        return False
+    return all(
+        (b.layers, b.order, b.activation, b.negative_slope, b.eps, b.dropout if b.training else 0.0)
+        == (a.layers, a.order, a.activation, a.negative_slope, a.eps, a.dropout if a.training else 0.0)
+        for a, b in pairwise(blocks)
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -153,23 +193,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         check_rows("input", input, self.features)
-        batch_stats, momentum = zip(*(_advance(norm) for norm in self.norms), strict=True)
-        return reference.residual_unit(
-            input,
-            [linear.weight for linear in self.linears],
-            [linear.bias for linear in self.linears],
-            [norm.weight for norm in self.norms],
-            [norm.bias for norm in self.norms],
-            [norm.running_mean for norm in self.norms],
-            [norm.running_var for norm in self.norms],
-            order=self.order,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-            eps=self.eps,
-            momentum=momentum,
-            batch_stats=batch_stats,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        return _run([self], input)
 
     def extra_repr(self) -> str:
         parts = [f"{self.features}, layers={self.layers}, order={self.order!r}, activation={self.activation!r}"]
@@ -202,7 +226,8 @@ class ResidualStack(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         check_rows("input", input, self.features)
-        return super().forward(input)
+        blocks = list(self)
+        return _run(blocks, input) if _alike(blocks) else super().forward(input)
 
 
 class Transition(nn.Linear):

@@ -170,10 +170,11 @@ def test_autocast_keeps_fp32_statistics(order):
     x = torch.randn(64, 33) * 2 + 5
     with torch.autocast("cpu", torch.bfloat16):
         a, b = block(x), hand(x)
-    torch.testing.assert_close(a, b)
+    # Two implementations in bf16: three digits of the values; the statistics of 64 rows average the rounding away.
+    torch.testing.assert_close(a, b, atol=0.05, rtol=0.02)
     for norm, other in zip(block.norms, hand.norms, strict=True):
         assert norm.running_var.dtype == torch.float32
-        torch.testing.assert_close(norm.running_var, other.running_var)
+        torch.testing.assert_close(norm.running_var, other.running_var, atol=0.0, rtol=1e-2)
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])

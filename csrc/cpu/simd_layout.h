@@ -1,0 +1,143 @@
+// Moving tiles between layouts, and reductions over tiles; on the vectors of simd_vector.h.
+#pragma once
+
+#include "cpu/simd_vector.h"
+#include "cpu/stack_kernels.h"
+
+namespace {
+
+template <class T>
+void load_operand_as(const float* source, int64_t rows, int64_t columns, int64_t ld_source, T* operand, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) {
+    T* out = operand + r * ld;
+    for_columns(columns, [&](int64_t c, auto lanes) { store(out + c, load(source + r * ld_source + c, lanes), Full{}); });
+    for (int64_t c = (columns + kLanes - 1) / kLanes * kLanes; c < ld; ++c) out[c] = 0;
+  }
+}
+
+void load_operand(const float* source, int64_t rows, int64_t columns, int64_t ld_source, rvae::cpu::stack::RowsOut operand,
+                  int64_t ld) {
+  if (operand.kind == rvae::cpu::stack::Kind::f32) {
+    load_operand_as(source, rows, columns, ld_source, static_cast<float*>(operand.data), ld);
+  } else {
+    load_operand_as(source, rows, columns, ld_source, static_cast<uint16_t*>(operand.data), ld);
+  }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 on its own _mm512_undefined_epi32
+#endif
+#if RVAE_LANES == 16
+RVAE_INLINE void transpose_block(const uint32_t* source, int64_t ld_source, uint32_t* words, int64_t ld) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(source + i * ld_source);
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_storeu_si512(words + i * ld, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(words + (i + 8) * ld, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+  }
+}
+#elif RVAE_LANES == 8
+RVAE_INLINE void transpose_block(const uint32_t* source, int64_t ld_source, uint32_t* words, int64_t ld) {
+  __m256i r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i * ld_source));
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i * ld), _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + (i + 4) * ld), _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+  }
+}
+#else
+RVAE_INLINE void transpose_block(const uint32_t* source, int64_t ld_source, uint32_t* words, int64_t ld) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) words[j * ld + i] = source[i * ld_source + j];
+  }
+}
+#endif
+
+void transpose_words(const uint32_t* source, int64_t rows, int64_t columns, int64_t ld_source, uint32_t* words, int64_t ld) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    for (int64_t r = 0; r < rows; r += kLanes) transpose_block(source + r * ld_source + c, ld_source, words + c * ld + r, ld);
+  }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+void interleave_rows(const uint16_t* source, int64_t pairs, int64_t columns, int64_t ld_source, uint32_t* words, int64_t ld) {
+  typedef uint32_t vu_unaligned __attribute__((vector_size(RVAE_LANES * 4), aligned(4), may_alias));
+  for (int64_t p = 0; p < pairs; ++p) {
+    const uint16_t* even = source + 2 * p * ld_source;
+    const uint16_t* odd = even + ld_source;
+    uint32_t* out = words + p * ld;
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const vu low = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(even + c), vu);
+      const vu high = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(odd + c), vu);
+      *reinterpret_cast<vu_unaligned*>(out + c) = low | (high << 16);
+    }
+  }
+}
+
+void sum_buffers(const float* const* buffers, int64_t count, int64_t n, float* out) {
+  for_columns(n, [&](int64_t c, auto lanes) {
+    vf sum = load(buffers[0] + c, lanes);
+    for (int64_t b = 1; b < count; ++b) sum += load(buffers[b] + c, lanes);
+    store(out + c, sum, lanes);
+  });
+}
+
+void merge_moments(const int64_t* counts, const float* means, const float* m2s, int64_t tiles, int64_t stride,
+                   int64_t columns, double* mean, double* m2) {
+  for (int64_t c = 0; c < columns; ++c) {
+    mean[c] = means[c];
+    m2[c] = m2s[c];
+  }
+  int64_t merged = counts[0];
+  for (int64_t t = 1; t < tiles; ++t) {
+    const double share = static_cast<double>(counts[t]) / static_cast<double>(merged + counts[t]);
+    const double weight = share * static_cast<double>(merged);
+    const float* tile_mean = means + t * stride;
+    const float* tile_m2 = m2s + t * stride;
+    for (int64_t c = 0; c < columns; ++c) {
+      const double delta = tile_mean[c] - mean[c];
+      mean[c] += delta * share;
+      m2[c] += tile_m2[c] + delta * delta * weight;
+    }
+    merged += counts[t];
+  }
+}
+
+void sum_tiles(const float* values, int64_t tiles, int64_t stride, int64_t columns, double* out) {
+  for (int64_t c = 0; c < columns; ++c) out[c] = 0.0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t c = 0; c < columns; ++c) out[c] += values[t * stride + c];
+  }
+}
+
+}  // namespace

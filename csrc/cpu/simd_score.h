@@ -1,0 +1,99 @@
+// Elementwise steps of a frozen network on one strip of a tile (rows x 32 columns, fp32), on the vectors of simd_vector.h.
+#pragma once
+
+#include "cpu/simd_activation.h"
+#include "cpu/simd_vector.h"
+#include "cpu/stack_kernels.h"
+
+namespace {
+
+using rvae::cpu::stack::Kind;
+using rvae::cpu::stack::kPanel;
+using rvae::cpu::stack::ScoreError;
+using rvae::cpu::stack::ScoreStep;
+
+template <Activation A, class Operand>
+void score_step_rows(const ScoreStep& p) {
+  const vf slope = splat(p.slope);
+  for (int v = 0; v < kPanel / kLanes; ++v) {
+    const int c = v * kLanes;
+    const vf bias = p.bias == nullptr ? vf{} : load(p.bias + c, Full{});
+    const vf scale = p.scale == nullptr ? splat(1.0f) : load(p.scale + c, Full{});
+    const vf shift = p.shift == nullptr ? vf{} : load(p.shift + c, Full{});
+    for (int64_t r = 0; r < p.rows; ++r) {
+      vf y = load(p.strip + r * kPanel + c, Full{}) + bias;
+      float* const stream = p.stream + r * p.ld_stream + c;
+      if (p.add_stream) y += load(stream, Full{});
+      if (p.activate_first) y = activate<A>(y, slope);
+      if (p.store_stream) store(stream, y, Full{});
+      if (p.store_strip) store(p.strip + r * kPanel + c, y, Full{});
+      if (p.operand.data == nullptr) continue;
+      y = y * scale + shift;
+      if (p.activate_last) y = activate<A>(y, slope);
+      store(static_cast<Operand*>(p.operand.data) + r * p.ld_operand + c, y, Full{});
+    }
+  }
+}
+
+void score_step(const ScoreStep& p) {
+  with_activation(p.activate_first || p.activate_last ? p.activation : Activation::identity, [&](auto activation) {
+    constexpr Activation A = decltype(activation)::value;
+    if (p.operand.kind == Kind::f32) return score_step_rows<A, float>(p);
+    score_step_rows<A, uint16_t>(p);
+  });
+}
+
+// log(1 + t) for t in [0, 1]: 2 artanh(t / (2 + t)).
+RVAE_INLINE vf log1p_unit(vf t) {
+  const vf s = t / (t + 2.0f);
+  const vf q = s * s;
+  vf p = q * (2.0f / 15.0f) + 2.0f / 13.0f;
+  p = p * q + 2.0f / 11.0f;
+  p = p * q + 2.0f / 9.0f;
+  p = p * q + 2.0f / 7.0f;
+  p = p * q + 2.0f / 5.0f;
+  p = p * q + 2.0f / 3.0f;
+  p = p * q + 2.0f;
+  return p * s;
+}
+
+template <class Term>
+void score_error_rows(const ScoreError& p, Term term) {
+  for (int64_t r = 0; r < p.rows; ++r) {
+    vf sum{};
+    for_columns(p.columns, [&](int64_t c, auto lanes) {
+      const vf e = inside(term(load(p.strip + r * kPanel + c, lanes), load(p.x + r * p.width + c, lanes)), lanes);
+      if (p.feature_error != nullptr) store(p.feature_error + r * p.width + c, e, lanes);
+      sum += e;
+    });
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    p.error[r] += total;
+  }
+}
+
+void score_error(const ScoreError& p) {
+  if (p.reconstruction != nullptr) {
+    for (int64_t r = 0; r < p.rows; ++r) {
+      for_columns(p.columns, [&](int64_t c, auto lanes) {
+        const vf y = load(p.strip + r * kPanel + c, lanes);
+        store(p.reconstruction + r * p.width + c, p.likelihood == 2 ? sigmoid(y) : y, lanes);
+      });
+    }
+  }
+  if (p.likelihood == 0) {
+    score_error_rows(p, [](vf y, vf x) { return (y - x) * (y - x); });
+  } else if (p.likelihood == 1) {
+    score_error_rows(p, [](vf y, vf x) {
+      const vf d = y - x;
+      return d < 0.0f ? -d : d;
+    });
+  } else {
+    score_error_rows(p, [](vf z, vf x) {
+      const vf magnitude = z < 0.0f ? -z : z;
+      return (z < 0.0f ? vf{} : z) - z * x + log1p_unit(exp(-magnitude));
+    });
+  }
+}
+
+}  // namespace

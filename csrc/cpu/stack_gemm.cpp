@@ -1,0 +1,95 @@
+#include "cpu/stack_gemm.h"
+
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <vector>
+
+#include "cpu/cpu_features.h"
+
+namespace rvae::cpu::stack {
+
+namespace {
+
+void multiply_bf16(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, bool add) {
+  at::native::cpublas::brgemm(m, kPanel, k, lda, ldb, kPanel, add, static_cast<const at::BFloat16*>(a),
+                              static_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
+}
+
+// The micro-kernels refuse where the instructions are missing; a product of known result also catches emulation that
+// does not read the pairs as we write them.
+bool try_bf16() {
+  constexpr int64_t m = 4, k = 64;
+  std::vector<at::BFloat16> a(m * k), b(k * kPanel);
+  std::vector<float> c(m * kPanel, -1.0f);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < k; ++j) a[i * k + j] = static_cast<float>((i + j) % 5);
+  }
+  const auto value = [](int64_t row, int64_t column) { return static_cast<float>((row * 3 + column) % 7) - 3.0f; };
+  for (int64_t row = 0; row < k; ++row) {
+    for (int64_t column = 0; column < kPanel; ++column) {
+      b[(row / 2 * kPanel + column) * 2 + row % 2] = value(row, column);
+    }
+  }
+  try {
+    multiply_bf16(m, k, a.data(), k, b.data(), kPanel, c.data(), false);
+    release_products(Kind::bf16);
+  } catch (const std::exception&) {
+    return false;
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t column = 0; column < kPanel; ++column) {
+      float expected = 0.0f;
+      for (int64_t j = 0; j < k; ++j) expected += static_cast<float>((i + j) % 5) * value(j, column);
+      if (c[i * kPanel + column] != expected) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+bool has_bf16_products() {
+  static const bool works = has_avx512_bf16() && try_bf16();
+  return works;
+}
+
+void multiply(Kind kind, int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, bool add) {
+  if (kind == Kind::bf16) return multiply_bf16(m, k, a, lda, b, ldb, c, add);
+  at::native::cpublas::brgemm(m, kPanel, k, lda, ldb, kPanel, add, static_cast<const float*>(a), static_cast<const float*>(b),
+                              c, /*is_vnni=*/false);
+}
+
+void release_products(Kind kind) {
+  at::native::cpublas::brgemm_release(kind == Kind::bf16);
+}
+
+void pack_forward(const float* weight, int64_t out, int64_t in, int64_t panel, Kind kind, uint32_t* packed, uint32_t* scratch) {
+  const int64_t ld_words = round_up(words(in, kind), 16);
+  const int64_t ld = kind == Kind::f32 ? ld_words : 2 * ld_words;
+  const int64_t first = panel * kPanel;
+  const int64_t count = std::min(kPanel, out - first);
+  const Kernels& k = kernels();
+  k.load_operand(weight + first * in, count, in, in, {scratch, kind}, ld);
+  std::memset(scratch + count * ld_words, 0, static_cast<size_t>((kPanel - count) * ld_words) * 4);
+  k.transpose_words(scratch, kPanel, ld_words, ld_words, packed, kPanel);
+}
+
+void pack_backward(const float* weight, int64_t out, int64_t in, int64_t panel, Kind kind, uint32_t* packed,
+                   uint32_t* scratch) {
+  const int64_t first = panel * kPanel;
+  const int64_t count = std::min(kPanel, in - first);
+  const Kernels& k = kernels();
+  if (kind == Kind::f32) {
+    k.load_operand(weight + first, out, count, in, {packed, kind}, kPanel);
+    return;
+  }
+  k.load_operand(weight + first, out, count, in, {scratch, kind}, kPanel);
+  if (out % 2 != 0) std::memset(reinterpret_cast<uint16_t*>(scratch) + out * kPanel, 0, kPanel * 2);
+  k.interleave_rows(reinterpret_cast<const uint16_t*>(scratch), (out + 1) / 2, kPanel, kPanel, packed, kPanel);
+}
+
+}  // namespace rvae::cpu::stack

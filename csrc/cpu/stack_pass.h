@@ -1,0 +1,171 @@
+// What the forward and the backward pass of a residual stack share: its shape, how rows are divided among threads and
+// tiles, and scratch memory. Passes run layer by layer; within a layer every thread walks the tiles of its own rows.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/stack_gemm.h"
+#include "cpu/stack_kernels.h"
+
+namespace rvae::cpu::stack {
+
+enum class Order : int { pre = 0, post = 1 };
+
+struct Shape {
+  int64_t rows, width, layers, layers_per_unit;
+  Order order;
+  Activation activation;
+  float slope;
+  Kind stream;   // the input's and output's dtype
+  Kind compute;  // of the operands of the products, and of what is kept inside a unit
+
+  int64_t padded() const { return round_up(width, kPanel); }
+  int64_t panels() const { return padded() / kPanel; }
+  int64_t units() const { return layers / layers_per_unit; }
+  int64_t unit(int64_t layer) const { return layer / layers_per_unit; }
+  bool first_of_unit(int64_t layer) const { return layer % layers_per_unit == 0; }
+  bool last_of_unit(int64_t layer) const { return (layer + 1) % layers_per_unit == 0; }
+
+  // Row stride of an operand tile, in values: off the powers of two, whose rows would fall on the same cache sets.
+  int64_t operand_stride() const { return padded() + 64 / size_of(compute); }
+
+  // Index of a layer's raw output among the tensors kept inside units. Pre-activation: the last layer of a unit writes
+  // the stream instead.
+  int64_t inner_index(int64_t layer) const {
+    return order == Order::pre ? unit(layer) * (layers_per_unit - 1) + layer % layers_per_unit : layer;
+  }
+  int64_t inner_count() const { return order == Order::pre ? layers - units() : layers; }
+};
+
+// Rows [begin(t), begin(t + 1)) are tile t; chunk c, one a thread, owns tiles [first_tile(c), first_tile(c + 1)). The
+// division depends on the number of rows and threads alone, and so do the results.
+struct Partition {
+  int64_t rows, chunks, tiles;
+
+  Partition(int64_t rows_, int64_t tile_rows) : rows(rows_) {
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    chunks = std::max<int64_t>(1, std::min<int64_t>(threads, rows / 8));
+    tiles = chunks * at::divup(at::divup(rows, chunks), tile_rows);
+  }
+  int64_t begin(int64_t tile) const { return rows * tile / tiles; }
+  int64_t count(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+  int64_t first_tile(int64_t chunk) const { return tiles / chunks * chunk; }
+  int64_t most_rows() const { return at::divup(rows, tiles); }
+
+  template <class F>
+  void for_chunks(F f) const {
+    at::parallel_for(0, chunks, 1, [&](int64_t begin_chunk, int64_t end_chunk) {
+      for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) f(chunk);
+    });
+  }
+};
+
+// Rows of a product are padded to a multiple of 4, which bounds the number of micro-kernels that get generated.
+inline int64_t padded_rows(int64_t rows) {
+  return round_up(rows, 4);
+}
+
+constexpr int64_t kAlignment = 64;
+
+// One allocation cut into pieces: measure with `add`, then `allocate`, then `get`.
+class Scratch {
+ public:
+  // Reserves `bytes` and returns the piece's offset.
+  int64_t add(int64_t bytes) {
+    const int64_t offset = size_;
+    size_ += round_up(bytes, kAlignment);
+    return offset;
+  }
+  void allocate();
+  template <class T>
+  T* get(int64_t offset) const {
+    return reinterpret_cast<T*>(base_ + offset);
+  }
+
+ private:
+  int64_t size_ = 0;
+  char* base_ = nullptr;
+  at::Tensor memory_;
+};
+
+inline Rows rows_of(const at::Tensor& t, Kind kind, int64_t first_value) {
+  return {static_cast<const char*>(t.data_ptr()) + first_value * size_of(kind), kind};
+}
+inline RowsOut rows_out(const at::Tensor& t, Kind kind, int64_t first_value) {
+  return {static_cast<char*>(t.data_ptr()) + first_value * size_of(kind), kind};
+}
+inline Rows at_offset(Rows m, int64_t values) {
+  return {m.data == nullptr ? nullptr : static_cast<const char*>(m.data) + values * size_of(m.kind), m.kind};
+}
+inline RowsOut at_offset(RowsOut m, int64_t values) {
+  return {m.data == nullptr ? nullptr : static_cast<char*>(m.data) + values * size_of(m.kind), m.kind};
+}
+
+// Statistics of each layer's BatchNorm, [layers, 3, padded width]: mean, rstd, unbiased variance.
+enum StatisticsRow : int64_t { kMean = 0, kRstd = 1, kVariance = 2 };
+
+// The vectors a norm is applied with; scale = gamma * rstd and beta live here, mean and rstd in the statistics.
+class NormVectors {
+ public:
+  explicit NormVectors(int64_t padded_width) : scale_(padded_width), beta_(padded_width) {}
+  // gamma and beta may be nullptr.
+  Norm set(const float* statistics, int64_t width, int64_t padded_width, const float* gamma, const float* beta);
+
+ private:
+  std::vector<float> scale_, beta_;
+};
+
+inline const float* data_or_null(const std::vector<at::Tensor>& tensors, int64_t i) {
+  return tensors.empty() ? nullptr : tensors[i].const_data_ptr<float>();
+}
+
+// Packed weights of all layers, [layers][panels][panel_words].
+class PackedWeights {
+ public:
+  PackedWeights(const std::vector<at::Tensor>& weights, const Shape& shape, bool forward);
+  const uint32_t* panel(int64_t layer, int64_t panel) const {
+    return words_ + (layer * panels_ + panel) * panel_words_;
+  }
+
+ private:
+  int64_t panels_, panel_words_;
+  at::Tensor memory_;
+  const uint32_t* words_;
+};
+
+// Rows of a tile: what a tile needs stays in a core's second-level cache, and a product is long enough to pay for reading
+// the weights.
+constexpr int64_t kTileRows = 96;
+
+struct ForwardResult {
+  at::Tensor out, inner, stream, statistics;
+};
+
+// The checked inputs of a forward pass; tensors are contiguous, lists are empty where the stack has no such parameter.
+struct Inputs {
+  at::Tensor x;
+  std::vector<at::Tensor> weights, biases, gammas, betas, running_means, running_vars;
+  double eps;
+  bool batch_statistics;
+};
+
+ForwardResult forward(const Shape& shape, const Inputs& inputs, bool keep);
+
+struct Needs {
+  bool x;
+  std::vector<bool> weights, biases, norms;  // one a layer
+};
+
+struct Gradients {
+  at::Tensor x, weights, biases, gammas, betas;
+};
+
+Gradients backward(const Shape& shape, const Inputs& inputs, const ForwardResult& kept, const at::Tensor& gradient,
+                   const Needs& needs);
+
+}  // namespace rvae::cpu::stack
