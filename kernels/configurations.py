@@ -50,14 +50,15 @@ def _tiles(*configs: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
 # By kernel, arithmetic ("half" is bf16 and fp16) and family of chips; None: every family without its own list.
 _CANDIDATES: dict[tuple[str, str, int | None], tuple[TileConfig, ...]] = {
     ("forward", "half", None): _tiles((64, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
-    ("forward", "half", 80): _tiles((128, 128, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 4)),
+    ("forward", "half", 80): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 8, 3)),
     ("forward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
-    ("forward", "ieee", None): _tiles((64, 64, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("forward", "ieee", None): _tiles((64, 64, 16, 4, 2), (64, 32, 16, 4, 3)),
     ("backward", "half", None): _tiles((64, 128, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3)),
     ("backward", "half", 80): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "ieee", None): _tiles((64, 64, 16, 4, 2), (64, 32, 16, 4, 2)),
     ("weight", "half", None): _tiles((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
+    ("weight", "half", 80): _tiles((64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
     ("weight", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
     ("weight", "ieee", None): _tiles((64, 64, 16, 4, 2)),
 }
@@ -76,10 +77,10 @@ def family(capability: int) -> int:
     return {9: 90, 10: 100}.get(capability // 10, 80)
 
 
-def shared_memory_bound(kernel: str, config: TileConfig, itemsize: int) -> int:
-    """Bytes of shared memory that ``config`` takes at most: every stage's tiles, and a little for reductions."""
+def shared_memory_bound(kernel: str, config: TileConfig) -> int:
+    """Bytes of shared memory that ``config`` takes at most: every stage's tiles in fp32, and some for reductions."""
     tiles = _PROLOGUE_TILES[kernel] * config.block_m + config.block_n
-    return config.num_stages * config.block_k * tiles * itemsize + 2048
+    return config.num_stages * config.block_k * tiles * 4 + 2048
 
 
 def candidates(
@@ -89,8 +90,7 @@ def candidates(
     configs = _CANDIDATES.get((kernel, arithmetic, family(capability))) or _CANDIDATES[kernel, arithmetic, None]
     if shared_memory is None:
         return configs
-    itemsize = 2 if arithmetic == "half" else 4
-    fitting = tuple(c for c in configs if shared_memory_bound(kernel, c, itemsize) <= shared_memory)
+    fitting = tuple(c for c in configs if shared_memory_bound(kernel, c) <= shared_memory)
     return fitting or configs[-1:]
 
 

@@ -1,0 +1,179 @@
+"""What a kernel compiles to, without a GPU: registers, spills, shared memory and the tensor-core instruction.
+
+Triton compiles for any NVIDIA target on any machine, and brings ptxas and cuobjdump along. The tests hold every
+configuration that can be chosen against the limits of its chip; ``python -m rvae_fast.kernels.resources`` prints them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import configurations
+from .configurations import TileConfig
+from .layer_backward import _layer_backward_kernel
+from .layer_forward import _layer_forward_kernel
+from .weight_gradient import _weight_gradient_kernel
+
+#: Shared memory one block may use, in bytes, by compute capability (CUDA C++ Programming Guide).
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+_TENSOR_CORE = (("wgmma.mma_async", "wgmma"), ("tcgen05.mma", "tcgen05"), ("mma.sync", "mma"))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Registers a thread, bytes of stack (where spilled registers go), bytes of shared memory a block."""
+
+    registers: int
+    stack: int
+    shared: int
+    tensor_core: str | None
+
+
+def compile_kernel(
+    kernel: Any, arguments: dict[str, Any], capability: int, *, num_warps: int, num_stages: int
+) -> Resources:
+    """Compile a ``@triton.jit`` kernel for compute capability ``capability`` (90 is sm_90) and read what it takes.
+
+    Parameters
+    ----------
+    kernel : triton.JITFunction
+    arguments : dict
+        For each parameter, by name: a Triton type (``"*bf16"``, ``"i32"``, ``"fp32"``), None for an absent pointer, or
+        the value of a ``tl.constexpr``. Pointers and i32 are taken to be divisible by 16, as launches find them.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = value
+            if value == "i32" or value.startswith("*"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
+    ptx = compiled.asm["ptx"]
+    tensor_core = next((name for instruction, name in _TENSOR_CORE if instruction in ptx), None)
+    return Resources(int(found[1]), int(found[2]), compiled.metadata.shared, tensor_core)
+
+
+class Case(NamedTuple):
+    """A configuration and the variant of the kernel it is compiled as.
+
+    ``wide_stream``: the tensors between units are fp32 beside a half-precision product.
+    """
+
+    kernel: str
+    arithmetic: str
+    capability: int
+    config: TileConfig
+    order: str
+    activation: str
+    wide_stream: bool
+
+
+def cases(capabilities: Sequence[int], activations: Sequence[str], wide_streams: Sequence[bool]) -> list[Case]:
+    """Every configuration that can be chosen on these chips, in the variants with the most operands."""
+    return [
+        Case(kernel, arithmetic, capability, config, order, activation, wide)
+        for kernel in configurations.KERNELS
+        for arithmetic in configurations.ARITHMETICS
+        for capability in capabilities
+        for config in configurations.candidates(kernel, arithmetic, capability, SHARED_MEMORY_LIMIT[capability])
+        for order in (("pre", "post") if kernel != "weight" else ("pre",))
+        for activation in activations
+        for wide in wide_streams
+        if arithmetic == "half" or not wide
+    ]
+
+
+def compile_case(case: Case) -> Resources:
+    """Compile one :class:`Case`."""
+    narrow = "*bf16" if case.arithmetic == "half" else "*fp32"
+    stream = "*fp32" if case.wide_stream else narrow
+    pre, columns = case.order == "pre", "*fp32"
+    arguments: dict[str, Any] = dict.fromkeys(("M", "N", "K", "split_rows"), "i32")
+    arguments |= {"slope": "fp32", "norm_ptr": columns, "bias_ptr": columns, "norm_grad_ptr": columns}
+    arguments |= {"ACTIVATION": case.activation, "PRECISION": "tf32" if case.arithmetic == "tf32" else "ieee"}
+    arguments |= {"BLOCK_M": case.config.block_m, "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k}
+    arguments |= {"GROUP_M": case.config.group_m, "weight_ptr": narrow, "x_ptr": stream if pre else narrow}
+    arguments |= {"skip_ptr": None if pre else stream, "residual_ptr": None}
+    if case.kernel == "forward":
+        kernel = _layer_forward_kernel
+        arguments |= {"h_ptr": None if pre else stream, "residual_ptr": stream if pre else None}
+        arguments |= {"y_ptr": stream if pre else narrow, "tile_mean_ptr": columns, "tile_m2_ptr": columns}
+    elif case.kernel == "backward":
+        kernel = _layer_backward_kernel
+        y = stream if pre else narrow
+        arguments |= {"g_ptr": narrow, "y_ptr": y, "grad_y_ptr": y, "skip_grad_ptr": stream if pre else None}
+        arguments |= {"residual_ptr": None if pre else stream, "d_ptr": narrow if pre else stream}
+        arguments |= {"tile_sums_ptr": columns}
+    else:
+        kernel = _weight_gradient_kernel
+        dot_type = tl.bfloat16 if case.arithmetic == "half" else tl.float32
+        arguments |= {"grad_y_ptr": stream, "partial_ptr": columns, "DOT_TYPE": dot_type}
+    arguments = {parameter.name: arguments[parameter.name] for parameter in kernel.params}
+    return compile_kernel(
+        kernel, arguments, case.capability, num_warps=case.config.num_warps, num_stages=case.config.num_stages
+    )
+
+
+def compile_cases(todo: Sequence[Case], processes: int = 2) -> list[Resources]:
+    """Compile many, in processes of their own: Triton holds the interpreter while it compiles."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(compile_case, todo, chunksize=2))
+
+
+def main() -> None:
+    """Print a row for each configuration, at its worst over orders and streams, with LeakyReLU and GELU."""
+    worst: dict[tuple[Any, ...], Resources] = {}
+    todo = cases((80, 90, 100), ("leaky_relu", "gelu"), (False, True))
+    for case, found in zip(todo, compile_cases(todo), strict=True):
+        key = (case.kernel, case.arithmetic, case.capability, tuple(case.config[:5]))
+        seen = worst.get(key, found)
+        worst[key] = Resources(
+            max(seen.registers, found.registers),
+            max(seen.stack, found.stack),
+            max(seen.shared, found.shared),
+            found.tensor_core,
+        )
+    print("| kernel | arithmetic | chip | tile, warps, stages | registers | stack | shared KiB | tensor cores |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (kernel, arithmetic, chip, config), r in worst.items():
+        tile = f"{config[0]}x{config[1]}x{config[2]}, {config[3]}, {config[4]}"
+        print(
+            f"| {kernel} | {arithmetic} | sm_{chip} | {tile} | {r.registers} | {r.stack} | {r.shared / 1024:.0f} "
+            f"| {r.tensor_core or 'none'} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
