@@ -186,7 +186,7 @@ class ResidualBlock(nn.Module):
         for module in (*self.norms, *self.linears):
             module.reset_parameters()
         if self.zero_init:
-            last = self.linears[-1] if self.order == "pre" else self.norms[-1]
+            last: Any = self.linears[-1] if self.order == "pre" else self.norms[-1]
             nn.init.zeros_(last.weight)
             if last.bias is not None:
                 nn.init.zeros_(last.bias)
