@@ -39,6 +39,12 @@ _library.define("score_pack(Tensor weight, bool bf16) -> Tensor")
 _score_op = torch.ops.rvae_fast.score.default
 _pack_op = torch.ops.rvae_fast.score_pack.default
 
+_HAS_KERNELS: bool = _native.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "rvae_fast::score", "CPU"
+)
+#: For each backend that has a scorer, the device types it covers.
+IMPLEMENTED: dict[str, tuple[str, ...]] = {"native": ("cpu",)} if _HAS_KERNELS else {}
+
 
 class Scores(NamedTuple):
     """What :meth:`Scorer.detailed` returns for rows ``[batch, in_features]``; all fp32, None where not asked for."""
@@ -236,9 +242,19 @@ def freeze(model: Autoencoder, precision: str = "auto") -> Scorer:
     return Scorer(model, "fp32" if precision == "auto" else precision)
 
 
+def freezable(model: nn.Module, precision: str = "auto") -> bool:
+    """Whether :func:`freeze` gives a native scorer of this model, rather than a copy that runs in plain PyTorch."""
+    return (
+        isinstance(model, Autoencoder)
+        and _covers(model)
+        and (precision != "bf16" or HAS_BF16_PRODUCTS)
+        and not any(isinstance(m, nn.BatchNorm1d) and m.running_mean is None for m in model.modules())
+    )
+
+
 def _covers(model: Autoencoder) -> bool:
     """Whether the kernels run this model: all of it fp32 (a copy goes to the CPU) and of modules that they know."""
-    if not _native.is_available():
+    if not _HAS_KERNELS:
         return False
     if any(t.dtype != torch.float32 for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()):
         return False

@@ -8,7 +8,6 @@
 //
 // The BatchNorm's rule needs the column sums of all rows, hence the pass a layer. dz and the stream's gradient are
 // replaced in place, row by row; weight gradients are summed by thread and then, while the next layer runs, over threads.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
@@ -29,7 +28,7 @@ class BackwardPass {
     g_.biases = gradients(needs_.biases, {s_.layers, s_.width});
     g_.gammas = gradients(needs_.norms, {s_.layers, s_.width});
     g_.betas = gradients(needs_.norms, {s_.layers, s_.width});
-    g_.x = at::empty({needs_.x ? s_.rows : 0, s_.width}, in_.x.options());
+    g_.x = empty_large({needs_.x ? s_.rows : 0, s_.width}, in_.x.options());
 
     // Tiles are read in whole blocks of 16 words by the transposition.
     const int64_t block = 16 * 4 / size_of(s_.compute);
@@ -88,7 +87,7 @@ class BackwardPass {
     if (!any(needs)) sizes[0] = 0;
     const auto options = in_.x.options().dtype(at::kFloat);
     const bool all = std::find(needs.begin(), needs.end(), false) == needs.end();
-    return all ? at::empty(sizes, options) : at::zeros(sizes, options);
+    return all ? empty_large(sizes, options) : at::zeros(sizes, options);
   }
 
   // Whether anything that a gradient is wanted of lies before the product of `layer`.

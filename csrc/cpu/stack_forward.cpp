@@ -6,7 +6,6 @@
 //
 // `source` is the raw output of the layer before. The column statistics of what a layer writes are gathered tile by tile in
 // its epilogue and merged before the next layer starts.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
@@ -30,9 +29,9 @@ class ForwardPass {
     const auto options = in_.x.options();
     const int64_t streams = keep_ ? s_.units() - 1 : 0;
     const int64_t inners = keep_ ? s_.inner_count() : std::min<int64_t>(1, s_.inner_count());
-    result_.out = at::empty({s_.rows, s_.width}, options);
-    result_.stream = at::empty({streams, s_.rows, s_.width}, options);
-    result_.inner = at::empty({inners, s_.rows, s_.width}, options.dtype(scalar_type(s_.compute)));
+    result_.out = empty_large({s_.rows, s_.width}, options);
+    result_.stream = empty_large({streams, s_.rows, s_.width}, options);
+    result_.inner = empty_large({inners, s_.rows, s_.width}, options.dtype(scalar_type(s_.compute)));
     result_.statistics = at::zeros({s_.layers, 3, s_.padded()}, options.dtype(at::kFloat));
 
     const int64_t tile = round_up(part_.most_rows(), 4);

@@ -2,10 +2,25 @@
 
 #include <ATen/ops/empty.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace rvae::cpu::stack {
 
+at::Tensor empty_large(at::IntArrayRef sizes, at::TensorOptions options) {
+  at::Tensor tensor = at::empty(sizes, options);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = uintptr_t{1} << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + huge - 1) / huge * huge;
+  const auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / huge * huge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: refusal changes nothing
+#endif
+  return tensor;
+}
+
 void Scratch::allocate() {
-  memory_ = at::empty({size_ + kAlignment}, at::TensorOptions().dtype(at::kByte));
+  memory_ = empty_large({size_ + kAlignment}, at::TensorOptions().dtype(at::kByte));
   const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
   base_ = reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
 }
@@ -22,7 +37,7 @@ Norm NormVectors::set(const float* statistics, int64_t width, int64_t padded_wid
 PackedWeights::PackedWeights(const std::vector<at::Tensor>& weights, const Shape& shape, bool forward)
     : panels_(shape.panels()), panel_words_(panel_words(shape.width, shape.compute)) {
   const int64_t count = static_cast<int64_t>(weights.size()) * panels_;
-  memory_ = at::empty({count * panel_words_ + kAlignment / 4}, at::TensorOptions().dtype(at::kInt));
+  memory_ = empty_large({count * panel_words_ + kAlignment / 4}, at::TensorOptions().dtype(at::kInt));
   const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
   auto* const packed = reinterpret_cast<uint32_t*>((address + kAlignment - 1) / kAlignment * kAlignment);
   words_ = packed;
