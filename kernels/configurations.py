@@ -77,10 +77,14 @@ def family(capability: int) -> int:
     return {9: 90, 10: 100}.get(capability // 10, 80)
 
 
-def shared_memory_bound(kernel: str, config: TileConfig) -> int:
-    """Bytes of shared memory that ``config`` takes at most: every stage's tiles in fp32, and some for reductions."""
-    tiles = _PROLOGUE_TILES[kernel] * config.block_m + config.block_n
-    return config.num_stages * config.block_k * tiles * 4 + 2048
+def shared_memory_bound(kernel: str, arithmetic: str, config: TileConfig) -> int:
+    """Bytes of shared memory that ``config`` takes at most: the tiles of every stage, and some for reductions.
+
+    Rows may be fp32 whatever the product is in; a weight has the product's dtype.
+    """
+    other = 2 if arithmetic == "half" and kernel != "weight" else 4
+    bytes_a_step = _PROLOGUE_TILES[kernel] * config.block_m * 4 + config.block_n * other
+    return config.num_stages * config.block_k * bytes_a_step + 2048
 
 
 def candidates(
@@ -90,7 +94,7 @@ def candidates(
     configs = _CANDIDATES.get((kernel, arithmetic, family(capability))) or _CANDIDATES[kernel, arithmetic, None]
     if shared_memory is None:
         return configs
-    fitting = tuple(c for c in configs if shared_memory_bound(kernel, c) <= shared_memory)
+    fitting = tuple(c for c in configs if shared_memory_bound(kernel, arithmetic, c) <= shared_memory)
     return fitting or configs[-1:]
 
 

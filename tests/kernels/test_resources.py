@@ -62,6 +62,17 @@ def test_every_kernel_and_chip_is_there(compiled: dict[str, Any]) -> None:
     assert len(combinations) == 3 * 3 * 3
 
 
+def test_no_candidate_is_left_out_on_these_chips(compiled: dict[str, Any]) -> None:
+    from rvae_fast.kernels import configurations
+
+    chosen = {(row["kernel"], row["arithmetic"], row["capability"], *row["config"]) for row in compiled["rows"]}
+    for kernel in configurations.KERNELS:
+        for arithmetic in configurations.ARITHMETICS:
+            for chip in (80, 90, 100):
+                for config in configurations.candidates(kernel, arithmetic, chip):
+                    assert (kernel, arithmetic, chip, *config) in chosen
+
+
 def test_no_register_spills(compiled: dict[str, Any]) -> None:
     assert not wrong(compiled["rows"], lambda row: row["stack"] == 0 and row["registers"] <= 255)
 
@@ -75,7 +86,7 @@ def test_shared_memory_is_within_what_the_choice_reckons_with(compiled: dict[str
     from rvae_fast.kernels.configurations import TileConfig, shared_memory_bound
 
     def fits(row: dict[str, Any]) -> bool:
-        return row["shared"] <= shared_memory_bound(row["kernel"], TileConfig(*row["config"]))
+        return row["shared"] <= shared_memory_bound(row["kernel"], row["arithmetic"], TileConfig(*row["config"]))
 
     assert not wrong(compiled["rows"], fits)
 
