@@ -47,10 +47,13 @@ def compare(
     """``harness.compare`` with this run's device and rounds; pytest-benchmark's own table shows the subject as well."""
 
     def run(
-        case: dict[str, Any], variants: list[harness.Variant], inputs: list[Any], **options: Any
+        case: dict[str, Any],
+        variants: list[harness.Variant],
+        inputs: list[Any],
+        rounds: int = FULL_ROUNDS if full else SHORT_ROUNDS,
+        **options: Any,
     ) -> harness.Comparison:
         suite = request.path.stem.removeprefix("bench_")
-        rounds = FULL_ROUNDS if full else SHORT_ROUNDS
         comparison = harness.compare(suite, case, variants, inputs, rounds, device, **options)
         request.config.stash[COMPARISONS].setdefault(suite, []).append(comparison)
         for timing in comparison.timings:
