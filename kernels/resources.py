@@ -21,10 +21,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import configurations
+from .batch_norm import (
+    MERGE_BLOCK_N,
+    MERGE_BLOCK_T,
+    MOMENTS_BLOCK_M,
+    MOMENTS_BLOCK_N,
+    _column_moments_kernel,
+    _merge_gradients_kernel,
+    _merge_moments_kernel,
+    _running_norm_kernel,
+)
 from .configurations import TileConfig
 from .layer_backward import _layer_backward_kernel
 from .layer_forward import _layer_forward_kernel
-from .weight_gradient import _weight_gradient_kernel
+from .norm_activation import (
+    BLOCK_M,
+    BLOCK_N,
+    _norm_activation_backward_kernel,
+    _norm_activation_kernel,
+    _norm_backward_kernel,
+)
+from .weight_gradient import _sum_splits_kernel, _weight_gradient_kernel
 
 #: Shared memory one block may use, in bytes, by compute capability (CUDA C++ Programming Guide).
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -52,14 +69,15 @@ def compile_kernel(
     kernel : triton.JITFunction
     arguments : dict
         For each parameter, by name: a Triton type (``"*bf16"``, ``"i32"``, ``"fp32"``), None for an absent pointer, or
-        the value of a ``tl.constexpr``. Pointers and i32 are taken to be divisible by 16, as launches find them.
+        the value of a ``tl.constexpr`` or of an integer that a launch specialises on. Pointers and i32 are taken to be
+        divisible by 16, as launches find them.
     """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr or value is None or isinstance(value, int):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         else:
@@ -144,6 +162,34 @@ def compile_case(case: Case) -> Resources:
     return compile_kernel(
         kernel, arguments, case.capability, num_warps=case.config.num_warps, num_stages=case.config.num_stages
     )
+
+
+# The kernels without a product: each with the tiles its launcher gives it.
+_PASSES = (
+    (_column_moments_kernel, MOMENTS_BLOCK_M, MOMENTS_BLOCK_N),
+    (_merge_moments_kernel, 0, MERGE_BLOCK_N),
+    (_running_norm_kernel, 0, 128),
+    (_merge_gradients_kernel, 0, MERGE_BLOCK_N),
+    (_norm_activation_kernel, BLOCK_M, BLOCK_N),
+    (_norm_activation_backward_kernel, BLOCK_M, BLOCK_N),
+    (_norm_backward_kernel, BLOCK_M, BLOCK_N),
+    (_sum_splits_kernel, 0, 0),
+)
+
+
+def compile_passes(capability: int, columns: int | None = None) -> dict[str, Resources]:
+    """Compile every kernel without a product, by name; ``columns=1`` as launches of that width specialise it."""
+    size: Any = "i32" if columns is None else columns
+    scalars = {"M": "i32", "N": size, "tiles": size, "splits": "i32", "size": size, "eps": "fp32", "slope": "fp32"}
+    constants = {"ACTIVATION": "gelu", "BATCH_STATS": True, "TILE_ROWS": 64, "BLOCK_T": MERGE_BLOCK_T, "BLOCK": 1024}
+    found = {}
+    for kernel, block_m, block_n in _PASSES:
+        known = {**scalars, **constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
+        # bf16 for the tensor that comes in, fp32 for all that stands beside it.
+        pointers = {p.name: "*bf16" if p.name in ("x_ptr", "grad_ptr") else "*fp32" for p in kernel.params}
+        arguments = {name: known.get(name, pointer) for name, pointer in pointers.items()}
+        found[kernel.__name__] = compile_kernel(kernel, arguments, capability, num_warps=4, num_stages=3)
+    return found
 
 
 def compile_cases(todo: Sequence[Case], processes: int = 2) -> list[Resources]:

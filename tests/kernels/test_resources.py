@@ -28,8 +28,10 @@ def run():
     todo = resources.cases((80, 90, 100), activations, wide)
     found = resources.compile_cases(todo, min(os.cpu_count() or 1, 4))
     rows = [{**c._asdict(), "config": list(c.config), **vars(r)} for c, r in zip(todo, found)]
+    passes = [resources.compile_passes(chip, columns) for chip in (80, 90, 100) for columns in (None, 1)]
+    passes = [{name: vars(r) for name, r in p.items()} for p in passes]
     limits = {str(k): v for k, v in resources.SHARED_MEMORY_LIMIT.items()}
-    print(json.dumps({"rows": rows, "limits": limits}))
+    print(json.dumps({"rows": rows, "limits": limits, "passes": passes}))
 if __name__ == "__main__":
     run()
 """
@@ -75,6 +77,13 @@ def test_no_candidate_is_left_out_on_these_chips(compiled: dict[str, Any]) -> No
 
 def test_no_register_spills(compiled: dict[str, Any]) -> None:
     assert not wrong(compiled["rows"], lambda row: row["stack"] == 0 and row["registers"] <= 255)
+
+
+def test_kernels_without_a_product_compile_without_spills(compiled: dict[str, Any]) -> None:
+    assert len(compiled["passes"]) == 6
+    for passes in compiled["passes"]:
+        assert len(passes) == 8
+        assert not {name: r for name, r in passes.items() if r["stack"] or r["shared"] > 48 * 1024}
 
 
 def test_shared_memory_is_within_the_chip(compiled: dict[str, Any]) -> None:
