@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rvae_fast import _backend
 from rvae_fast._validation import check_choice
 from rvae_fast.preprocessing import chunk_rows, chunks
 
@@ -27,9 +26,6 @@ ROW_TILE = 32
 BATCH_ROWS = 4096
 
 PRECISIONS = ("auto", "fp32", "bf16")
-
-#: Rows from which a table is worth freezing the model for: folding and packing cost what some hundred rows do.
-FREEZE_ROWS = 2048
 
 
 def score_rows(
@@ -83,11 +79,7 @@ def score_parts(
 ) -> Iterator[NDArray[np.float64]]:
     """:func:`score_rows` as a generator: one array of scores per chunk of ``x``."""
 
-    frozen = _freeze(model, x, device, precision)
-
     def score(rows: Tensor) -> Tensor:
-        if frozen is not None:
-            return frozen(rows, kld_weight)
         return model.anomaly_score(rows, kld_weight=kld_weight)  # type: ignore[operator,no-any-return]
 
     for part in _parts(x):
@@ -134,21 +126,6 @@ def map_rows(
                 out = np.empty((x.shape[0], *result.shape[1:]))
             out[start : start + n] = result
     return np.empty(0) if out is None else out
-
-
-def _freeze(
-    model: nn.Module, x: Any, device: str | torch.device | None, precision: str
-) -> Callable[[Tensor, float], Tensor] | None:
-    """The model as a native scorer, where the kernels cover it on the device at hand and the table is worth it."""
-    from rvae_fast.scorer import IMPLEMENTED, freezable, freeze
-
-    at = next(model.parameters()).device if device is None else torch.device(device)
-    # An iterable of chunks is a table of unknown length, presumably long.
-    if isinstance(x, (Tensor, np.ndarray)) and (x.ndim != 2 or x.shape[0] < FREEZE_ROWS):
-        return None
-    if _backend.choose("score_rows", at.type, {**IMPLEMENTED, "triton": ("cuda",)}) != "native":
-        return None
-    return freeze(model, precision) if freezable(model, precision) else None  # type: ignore[arg-type]
 
 
 def _batch(rows: Any, device: torch.device, dtype: torch.dtype) -> Tensor:

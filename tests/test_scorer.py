@@ -184,21 +184,3 @@ def test_memory_does_not_grow() -> None:
     for _ in range(20000):
         scorer(x)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB; a leak of one score a call is 80
-
-
-def test_score_rows_freezes_for_a_long_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long tables take the scorer, short ones and other backends the model; the scores agree."""
-    from rvae_fast import scorer, scoring
-
-    frozen = []
-    real = scorer.freeze
-    monkeypatch.setattr(scorer, "freeze", lambda model, precision: frozen.append(precision) or real(model, precision))
-    model, x = make(), np.random.default_rng(0).normal(size=(scoring.FREEZE_ROWS, 33)).astype(np.float32)
-    fast = scoring.score_rows(model, x, kld_weight=0.5)
-    assert frozen == ["auto"]
-    with rvae_fast.backend("reference"):
-        slow = scoring.score_rows(model, x, kld_weight=0.5)
-    short = scoring.score_rows(model, x[:100], kld_weight=0.5)
-    assert frozen == ["auto"]
-    np.testing.assert_allclose(fast, slow, rtol=1e-4)
-    np.testing.assert_allclose(fast[:100], short, rtol=1e-4)
