@@ -7,11 +7,13 @@ one.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -118,7 +120,7 @@ def choose(op: str, device_type: str, implemented: Mapping[str, tuple[str, ...]]
     name = current_backend()
     if name == "auto":
         for candidate in _PREFERENCE.get(device_type, ()):
-            if device_type in implemented.get(candidate, ()) and _is_available(candidate):
+            if device_type in implemented.get(candidate, ()) and is_available(candidate):
                 return candidate
         return "reference"
     if name != "reference":
@@ -130,6 +132,21 @@ def choose(op: str, device_type: str, implemented: Mapping[str, tuple[str, ...]]
                 f"{device_type!r}; use backend('auto') or backend('reference')"
             )
     return name
+
+
+def triton_devices() -> tuple[str, ...]:
+    """Device types that Triton kernels cover: GPUs, and CPUs where Triton's interpreter was asked for.
+
+    ``"auto"`` never takes the interpreter; ``backend("triton")`` does.
+    """
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of ``tensor`` the current one: Triton launches on that."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _why_not(name: str) -> str | None:
@@ -150,12 +167,13 @@ def _why_not(name: str) -> str | None:
 _availability: dict[str, bool] = {}
 
 
-def _is_available(name: str) -> bool:
+def is_available(name: str) -> bool:
+    """Whether a backend can run here; looked up once."""
     if name not in _availability:
         _availability[name] = _why_not(name) is None
     return _availability[name]
 
 
 def _require(name: str) -> None:
-    if name not in ("auto", "reference") and not _is_available(name):
+    if name not in ("auto", "reference") and not is_available(name):
         raise RuntimeError(f"backend {name!r} is not available: {_why_not(name)}")

@@ -22,6 +22,7 @@ from rvae_fast._activations import Activation, check_activation
 from rvae_fast._architecture import plain_widths, positive_int, residual_stages
 from rvae_fast.nn import ORDERS, ResidualStack, Transition, check_rows
 from rvae_fast.ops.reconstruction_kld import reconstruction_kld
+from rvae_fast.ops.reparameterise import is_fused, reparameterise
 
 LIKELIHOODS = ("squared", "absolute", "bernoulli")
 INITS = ("zero", "default")
@@ -175,14 +176,17 @@ class Autoencoder(nn.Module):
         logvar = high - F.softplus(high - logvar)
         return mu, low + F.softplus(logvar - low)
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """The decoder's raw output (logits for ``bernoulli``), mu, logvar and z."""
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The decoder's raw output (logits for ``bernoulli``), mu, logvar, z, and the divergence if it came along."""
         check_rows("x", x, self.in_features)
         mu, logvar = self._encode(x)
-        z = mu
+        z, kld = mu, None
         if logvar is not None and self.training:
-            z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-        return self.decoder(z), mu, logvar, z
+            if is_fused(mu, logvar):
+                z, kld = reparameterise(mu, logvar)
+            else:
+                z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        return self.decoder(z), mu, logvar, z, kld
 
     def forward(self, x: Tensor) -> Output:
         """Reconstruct rows.
@@ -197,7 +201,7 @@ class Autoencoder(nn.Module):
             ``reconstruction``, ``mu``, ``logvar``, ``z``. While training, the VAEs' ``z`` is sampled from torch's
             global generator; in eval it is the mean.
         """
-        raw, mu, logvar, z = self._forward(x)
+        raw, mu, logvar, z, _ = self._forward(x)
         reconstruction = torch.sigmoid(raw) if self.likelihood == "bernoulli" else raw
         return Output(reconstruction, mu if self.is_variational else None, logvar, z)
 
@@ -222,9 +226,12 @@ class Autoencoder(nn.Module):
         target : Tensor [batch, in_features], optional
             What to reconstruct when it is not ``x`` itself (denoising).
         """
-        raw, mu, logvar, _ = self._forward(x)
-        variational = (mu, logvar) if self.is_variational else (None, None)
-        return reconstruction_kld(x if target is None else target, raw, *variational, likelihood=self.likelihood)
+        raw, mu, logvar, _, kld = self._forward(x)
+        variational = (mu, logvar) if self.is_variational and kld is None else (None, None)
+        error, none_or_kld = reconstruction_kld(
+            x if target is None else target, raw, *variational, likelihood=self.likelihood
+        )
+        return error, none_or_kld if kld is None else kld
 
     def loss(self, x: Tensor, kld_weight: float = 1.0) -> Tensor:
         """Training loss: the mean over rows of error + ``kld_weight`` * KL (the negative ELBO up to constants).

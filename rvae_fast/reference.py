@@ -5,6 +5,7 @@ Nothing here is fast on purpose; what is, must agree with it. Everything differe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,8 +57,17 @@ def reconstruction_kld(
         error = error / x.shape[1]
     if mu is None or logvar is None:
         return error, torch.zeros_like(error.detach())
-    mu, logvar = mu.to(dtype), logvar.to(dtype)
-    return error, 0.5 * (mu.square() + logvar.exp() - 1.0 - logvar).sum(1)
+    return error, _kld(mu.to(dtype), logvar.to(dtype))
+
+
+def kld(mu: Tensor, logvar: Tensor) -> Tensor:
+    """Divergence ``[batch]`` of the posterior from the standard normal, as in :func:`reconstruction_kld`."""
+    dtype = accumulation_dtype(mu, logvar)
+    return _kld(mu.to(dtype), logvar.to(dtype))
+
+
+def _kld(mu: Tensor, logvar: Tensor) -> Tensor:
+    return 0.5 * (mu.square() + logvar.exp() - 1.0 - logvar).sum(1)
 
 
 def reconstruction_kld_backward(
@@ -131,6 +141,73 @@ def _error_slope_x_hat(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
 
 def _error_slope_x(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
     return -x_hat if likelihood == "bernoulli" else -_error_slope_x_hat(x, x_hat, likelihood)
+
+
+# --- a sample of the posterior, by counted random numbers ---
+
+
+def philox(key: Tensor, counter: Tensor) -> list[Tensor]:
+    """The four 32-bit words (as int64) of Philox-4x32-10 for each counter, an int64 tensor, under a 64-bit key.
+
+    Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011). torch has no unsigned 32-bit
+    products, so the high word of one is put together from two halves.
+    """
+    low = 0xFFFFFFFF
+    c0, c1 = counter & low, (counter >> 32) & low
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = key & low, (key >> 32) & low
+    for _ in range(10):
+        (high_a, low_a), (high_b, low_b) = _product(c0, 0xD2511F53), _product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return [c0, c1, c2, c3]
+
+
+def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low word of the product of two 32-bit numbers."""
+    low = 0xFFFFFFFF
+    upper, lower = (a >> 16) * b, (a & 0xFFFF) * b
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & low
+
+
+def philox_normal(seed: Tensor, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers ``[rows, columns]`` of a seed (int64, one element), by position: Box and Muller (1958).
+
+    Uniform numbers are the words' intervals' middles in fp32, in (0, 1]; the transform runs in ``dtype``.
+    """
+    positions = torch.arange(rows * columns, device=seed.device).view(rows, columns)
+    a, b, _, _ = philox(seed, positions)
+    u, v = ((word.float() * 2.0**-32 + 2.0**-33).to(dtype) for word in (a, b))
+    return torch.sqrt(-2.0 * torch.log(u)) * torch.cos(2.0 * math.pi * v)
+
+
+def reparameterise(mu: Tensor, logvar: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """``mu + exp(logvar / 2) * eps`` with ``eps = philox_normal(seed, ...)``, and the divergence of each row."""
+    dtype = accumulation_dtype(mu, logvar)
+    eps = philox_normal(seed, mu.shape[0], mu.shape[1], dtype)
+    z = mu.to(dtype) + torch.exp(0.5 * logvar.to(dtype)) * eps
+    return z.to(mu.dtype), kld(mu, logvar)
+
+
+def reparameterise_backward(
+    grad_z: Tensor | None, grad_kld: Tensor | None, mu: Tensor, logvar: Tensor, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`reparameterise` by mu and logvar, written out."""
+    dtype = accumulation_dtype(mu, logvar)
+    wide_mu, wide_logvar = mu.to(dtype), logvar.to(dtype)
+    grad_mu, grad_logvar = torch.zeros_like(wide_mu), torch.zeros_like(wide_logvar)
+    if grad_z is not None:
+        grad_mu = grad_mu + grad_z.to(dtype)
+        eps = philox_normal(seed, mu.shape[0], mu.shape[1], dtype)
+        grad_logvar = grad_mu * (0.5 * torch.exp(0.5 * wide_logvar) * eps)
+    if grad_kld is not None:
+        row = grad_kld.to(dtype).unsqueeze(1)
+        grad_mu = grad_mu + row * wide_mu
+        grad_logvar = grad_logvar + row * (0.5 * torch.expm1(wide_logvar))
+    return grad_mu.to(mu.dtype), grad_logvar.to(logvar.dtype)
+
+
+# --- residual units ---
 
 
 def residual_unit(

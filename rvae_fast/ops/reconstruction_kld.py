@@ -10,7 +10,8 @@ error, kld       [batch]               not saved: no gradient needs them
 ===============  ====================  ==============================================================
 
 Four layers that can be read apart: the schema with its fake and reference kernels, autograd, the argument checks, the
-public function.  The native kernel is in ``csrc/cpu/reconstruction_kld.cpp``.
+public function.  The native kernel is in ``csrc/cpu/reconstruction_kld.cpp``, the Triton kernels in
+``kernels/reconstruction_kld.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from rvae_fast import _backend, reference
 
-_IMPLEMENTED = {"native": ("cpu",)}
+_IMPLEMENTED = {"native": ("cpu",), "triton": _backend.triton_devices()}
 
 # --- schema, fake, reference kernel ---
 
@@ -39,6 +40,40 @@ _library.define(
 # The reference serves every device; a device's own kernel takes precedence over it.
 _library.impl("reconstruction_kld", reference.reconstruction_kld, "CompositeExplicitAutograd")
 _library.impl("reconstruction_kld_backward", reference.reconstruction_kld_backward, "CompositeExplicitAutograd")
+
+
+def _triton_covers(*tensors: Tensor | None) -> bool:
+    """The Triton kernels compute in fp32."""
+    return all(t is None or t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)
+
+
+def _triton_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from rvae_fast.kernels import reconstruction_kld as kernels
+
+    with _backend.device_guard(inputs[0]):
+        return kernels.forward(*inputs)
+
+
+def _triton_backward(*inputs: Any) -> list[Tensor]:
+    from rvae_fast.kernels import reconstruction_kld as kernels
+
+    with _backend.device_guard(inputs[2]):
+        return kernels.backward(*inputs)
+
+
+def _cuda_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """For graphs and for callers of torch.ops; eager calls that choose Triton come to it directly."""
+    triton = _backend.is_available("triton") and _triton_covers(*inputs[:5])
+    return (_triton_forward if triton else reference.reconstruction_kld)(*inputs)
+
+
+def _cuda_backward(*inputs: Any) -> list[Tensor]:
+    triton = _backend.is_available("triton") and _triton_covers(*inputs[2:7])
+    return (_triton_backward if triton else reference.reconstruction_kld_backward)(*inputs)
+
+
+_library.impl("reconstruction_kld", _cuda_forward, "CUDA")
+_library.impl("reconstruction_kld_backward", _cuda_backward, "CUDA")
 
 _forward_op = torch.ops.rvae_fast.reconstruction_kld.default
 _backward_op = torch.ops.rvae_fast.reconstruction_kld_backward.default
@@ -100,7 +135,9 @@ def _backward(ctx: Any, grad_error: Tensor | None, grad_kld: Tensor | None) -> t
     if not any(needs):
         return (None,) * 7
     # Under create_graph=True the gradients must themselves be differentiable: take the reference's, which are.
-    run: Any = reference.reconstruction_kld_backward if torch.is_grad_enabled() else _backward_op
+    run: Any = getattr(ctx, "run_backward", _backward_op)
+    if torch.is_grad_enabled():
+        run = reference.reconstruction_kld_backward
     grads = iter(run(grad_error, grad_kld, *inputs, ctx.likelihood, ctx.reduction, needs))
     return (*(next(grads) if need else None for need in needs), None, None)
 
@@ -122,6 +159,21 @@ class _ReconstructionKLD(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = _run_forward(*inputs)
         _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
+class _TritonReconstructionKLD(torch.autograd.Function):
+    """The same by the Triton kernels, past the dispatcher: on CPU tensors it would choose the native ones."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _triton_forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.run_backward = _triton_backward
         return output
 
     @staticmethod
@@ -251,12 +303,14 @@ def reconstruction_kld(
         )
     _check(x, x_hat, mu, logvar, feature_weight)
     inputs = (x, x_hat, mu, logvar, feature_weight, likelihood, reduction)
-    if _backend.choose("reconstruction_kld", x.device.type, _IMPLEMENTED) == "reference":
+    chosen = _backend.choose("reconstruction_kld", x.device.type, _IMPLEMENTED)
+    if chosen == "reference" or (chosen == "triton" and not _triton_covers(*inputs[:5])):
         return reference.reconstruction_kld(*inputs)
     if torch.compiler.is_compiling():
         return _forward_op(*inputs)
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return reference.reconstruction_kld(*inputs)
+    triton = chosen == "triton"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5]):
-        return _ReconstructionKLD.apply(*inputs)
-    return _run_forward(*inputs)
+        return (_TritonReconstructionKLD if triton else _ReconstructionKLD).apply(*inputs)
+    return _triton_forward(*inputs) if triton else _run_forward(*inputs)
