@@ -4,7 +4,8 @@
 that
   whatever else the machine does falls on all alike. The figure is the median over rounds; a ratio is the median of the
   rounds' own ratios.
-* Inputs **rotate** over more buffers than the last-level cache holds, so that no call finds its inputs in the cache.
+* Inputs **rotate** over more buffers than the last-level cache holds, so that no call finds its inputs in the cache. (A
+  benchmark may ask for the opposite, one set of inputs and several untimed calls, and says so in its case.)
   Each timed call follows an untimed one of the same implementation: caches and allocator are as that implementation
   leaves them, and none pays for writing back what another one wrote.
 * A memory-bound call has a **floor**: the bytes it cannot avoid moving, over the bandwidth of a plain copy, measured in
@@ -99,9 +100,9 @@ def seconds(run: Callable[[Any], Any], inputs: Any, device: torch.device) -> flo
 
 
 def interleave(
-    variants: Sequence[Variant], inputs: Sequence[Any], rounds: int, device: torch.device
+    variants: Sequence[Variant], inputs: Sequence[Any], rounds: int, device: torch.device, untimed: int = 1
 ) -> list[list[float]]:
-    """Seconds of each variant in each round, every call on the next set of inputs."""
+    """Seconds of each variant in each round, each call on the next inputs, after ``untimed`` of its own."""
     supply = itertools.cycle(inputs)
     for variant in variants:
         for _ in range(3):
@@ -112,7 +113,8 @@ def interleave(
     for _ in range(rounds):
         shuffle(order)
         for k in order:
-            seconds(variants[k].run, next(supply), device)
+            for _ in range(untimed):
+                seconds(variants[k].run, next(supply), device)
             times[k].append(seconds(variants[k].run, next(supply), device))
     return times
 
@@ -130,16 +132,17 @@ def compare(
     rounds: int,
     device: torch.device,
     floor_bytes: int | None = None,
+    copied: int = 1 << 26,
+    untimed: int = 1,
 ) -> Comparison:
-    """Time the variants against each other; with ``floor_bytes``, against a copy as well."""
-    copied = 1 << 26
-    pairs = [tuple(torch.empty(copied // 4, device=device).fill_(1.0) for _ in range(2)) for _ in range(2)]
+    """Time the variants against each other; with ``floor_bytes``, against a copy of ``copied`` bytes as well."""
+    pairs = [tuple(torch.empty(copied // 4, device=device).fill_(1.0) for _ in range(2)) for _ in inputs[:2]]
     copies = itertools.cycle(pairs)
     copy = copy_variant()
     timed = list(variants)
     if floor_bytes is not None:
         timed.append(Variant("copy", lambda _: copy.run(next(copies))))
-    times = interleave(timed, inputs, rounds, device)
+    times = interleave(timed, inputs, rounds, device, untimed)
 
     bandwidth = None
     if floor_bytes is not None:

@@ -17,13 +17,14 @@ S at(const Column& column, int64_t index) {
   return static_cast<const S*>(column.data)[index * column.stride];
 }
 
-// The hardware's own prefetchers stop at the end of a page; asking this far ahead keeps the forward's reads going. (The
-// backward, which writes as much as half of what it reads, gained nothing from it.)
+// The hardware's own prefetchers stop at the end of a page; asking this far ahead keeps the forward's reads going. Into the
+// second-level cache only: filling the first costs 10 % where the inputs are in the last-level cache already. (The backward,
+// which writes as much as half of what it reads, gained nothing from it.)
 constexpr int64_t kPrefetchBytes = 8192;
 
 template <class T>
 void prefetch(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, 0, 2);
 }
 
 // --- the error of one feature, and its slopes ---
