@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, OutlierMixin, TransformerMixin
+from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
@@ -20,7 +21,9 @@ from rvae_fast import _detector_options as options
 from rvae_fast._precision import resolve_device
 from rvae_fast._validation import check_choice, check_finite, check_table, check_unit_range, name_columns
 from rvae_fast.models import Autoencoder
+from rvae_fast.pathway import reconstruct
 from rvae_fast.preprocessing import chunks, fit_scaler, scaled_table
+from rvae_fast.rapp import fit_nap, nap_parts, sap_parts
 from rvae_fast.scoring import map_rows, score_parts
 from rvae_fast.training import train
 
@@ -37,6 +40,11 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
     n_layers: int | None
     widths: Any
     likelihood: str
+    anomaly_score: str
+    pathway: str
+    pathway_input: bool
+    nap_tolerance: float
+    nap_ridge: float
     contamination: float
     random_state: Any
     device: str
@@ -66,7 +74,8 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         rvae_fast.training.NonFiniteError
             When the loss or a gradient becomes NaN or infinite.
         """
-        self.__dict__.pop("offset_", None)  # not fitted until the end, whatever was fitted before
+        for name in ("offset_", "nap_"):  # not fitted until the end, whatever was fitted before
+            self.__dict__.pop(name, None)
         options.check(self)
         # One draw from a RandomState or from NumPy's global one; the same int gives the same detector.
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -92,7 +101,11 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
             self.history_ = train(model, rows, config, resume=self.resume)
             self.model_ = model.eval()
             self.n_iter_ = len(self.history_.epochs)
-            scores = -np.concatenate(list(score_parts(model, rows, **self._scoring_options())))
+            if self.anomaly_score == "nap":
+                self.nap_ = fit_nap(
+                    model, rows, tolerance=self.nap_tolerance, ridge=self.nap_ridge, **self._pathway_options()
+                )
+            scores = -np.concatenate(list(self._scores(rows)))
         if not np.isfinite(scores).all():
             raise ValueError(
                 f"{np.count_nonzero(~np.isfinite(scores))} training rows have no finite score: the network overflows "
@@ -102,7 +115,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         return self
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
-        """Score rows, higher being more normal: minus the reconstruction error (or minus the negative ELBO).
+        """Score rows, higher being more normal: minus the reconstruction error (or what ``anomaly_score`` says).
 
         Parameters
         ----------
@@ -121,8 +134,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
             For a table of another width or other columns, or with values not finite, naming the columns.
         """
         table = self._check(X)
-        parts = score_parts(self.model_, self._scaled_parts(table), **self._scoring_options())
-        return -np.concatenate(list(parts))
+        return -np.concatenate(list(self._scores(self._scaled_parts(table))))
 
     def score_chunks(self, parts: Iterable[Any]) -> Iterator[NDArray[np.float64]]:
         """Score an iterable of tables chunk by chunk, for data that never are in memory together.
@@ -219,9 +231,20 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
     def _network_options(self) -> dict[str, Any]:
         return {"device": resolve_device(self.device, self.model_), "precision": self.precision}
 
-    def _scoring_options(self) -> dict[str, Any]:
-        weight = getattr(self, "kld_weight", 0.0) if getattr(self, "anomaly_score", None) == "elbo" else 0.0
-        return {"kld_weight": weight, **self._network_options()}
+    def _pathway_options(self) -> dict[str, Any]:
+        pathway = {"pathway": self.pathway, "include_input": self.pathway_input}
+        return {**pathway, **self._network_options()}
+
+    def _scores(self, rows: Any) -> Iterator[NDArray[np.float64]]:
+        """Anomaly scores of scaled rows (an array, or an iterable of chunks), one array a chunk."""
+        if self.anomaly_score == "sap":
+            return sap_parts(self.model_, rows, **self._pathway_options())
+        if self.anomaly_score == "nap":
+            if not hasattr(self, "nap_"):
+                raise NotFittedError("anomaly_score='nap' was set after fit, which then learnt no whitening: fit again")
+            return nap_parts(self.model_, self.nap_, rows, **self._pathway_options())
+        weight = getattr(self, "kld_weight", 0.0) if self.anomaly_score == "elbo" else 0.0
+        return score_parts(self.model_, rows, kld_weight=weight, **self._network_options())
 
     def _check(self, X: Any) -> NDArray[Any]:
         check_is_fitted(self)
@@ -242,8 +265,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         return np.concatenate([map_rows(self.model_, part, function, **options) for part in self._scaled_parts(table)])
 
     def _reconstruct(self, rows: Tensor) -> Tensor:
-        code = self.model_.encode(rows)
-        return self.model_.decode(code[0] if isinstance(code, tuple) else code)
+        return reconstruct(self.model_, rows)
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "offset_")

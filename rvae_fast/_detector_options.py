@@ -10,9 +10,11 @@ import numpy as np
 
 from rvae_fast._training_config import TrainingConfig
 from rvae_fast._validation import check_choice, check_contamination
+from rvae_fast.pathway import PATHWAYS
 from rvae_fast.preprocessing import MISSING, SCALERS
+from rvae_fast.rapp import check_share
 
-ANOMALY_SCORES = ("reconstruction", "elbo")
+ANOMALY_SCORES = ("reconstruction", "elbo", "sap", "nap")
 
 #: Optimiser steps after which a table of some thousand rows is learnt well enough.
 STEPS = 1000
@@ -50,7 +52,13 @@ def check(detector: Any) -> None:
     check_contamination(detector.contamination)
     check_choice("scaler", detector.scaler, SCALERS)
     check_choice("missing", detector.missing, MISSING)
-    check_choice("anomaly_score", getattr(detector, "anomaly_score", "reconstruction"), ANOMALY_SCORES)
+    variational = detector._model_class.is_variational
+    check_choice("anomaly_score", detector.anomaly_score, [s for s in ANOMALY_SCORES if variational or s != "elbo"])
+    check_choice("pathway", detector.pathway, tuple(PATHWAYS))
+    if not isinstance(detector.pathway_input, (bool, np.bool_)):
+        raise TypeError(f"pathway_input must be True or False, got {detector.pathway_input!r}")
+    for name in ("nap_tolerance", "nap_ridge"):
+        check_share(name, getattr(detector, name))
     if not isinstance(detector.verbose, (bool, int, np.integer)):
         raise TypeError(f"verbose must be an integer or a bool, got {detector.verbose!r}")
     if detector.likelihood == "bernoulli" and detector.scaler == "standard":

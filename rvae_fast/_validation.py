@@ -6,7 +6,7 @@ columns at fault, and a finiteness check that reads in chunks, so that a memory 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 MAX_NAMED = 10
 
 
-def check_choice(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+def check_choice(name: str, value: object, allowed: Sequence[Any]) -> None:
     """Raise a ValueError that names the parameter unless ``value`` is one of ``allowed``."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -52,8 +52,18 @@ class RVAEDetector(BaseDetector):
         standardised columns 0.2 found clearly more anomalies in some and clearly fewer in others.
     kld_warmup_epochs : float, default 0.0
         Epochs over which that weight rises from 0.
-    anomaly_score : {"reconstruction", "elbo"}, default "reconstruction"
-        What a row is scored by: its reconstruction error, as in the article, or that plus the weighted KL divergence.
+    anomaly_score : {"reconstruction", "elbo", "sap", "nap"}, default "reconstruction"
+        What a row is scored by: its reconstruction error, as in the article; that plus the weighted KL divergence; or
+        RaPP's scores, which compare what the row and its reconstruction become inside the encoder
+        (:mod:`rvae_fast.rapp`): the squared differences added up, or their squared Mahalanobis distance. ``"elbo"`` is
+        for the variational detectors.
+    pathway : {"stages", "units", "branches", "linears", "activations"}, default "stages"
+        Where SAP and NAP compare, see :data:`rvae_fast.pathway.PATHWAYS`.
+    pathway_input : bool, default True
+        Whether SAP and NAP count the difference of the row itself too, as the paper does.
+    nap_tolerance, nap_ridge : float, default 1e-10 and 0.0
+        Which directions of little variance NAP leaves out, and by how much the others are damped; see
+        :func:`rvae_fast.rapp.fit_nap`.
     epochs : int, optional
         By default as many as make about 1000 optimiser steps, but 20 at least and 1000 at most.
     batch_size : int, default 256
@@ -92,7 +102,9 @@ class RVAEDetector(BaseDetector):
     offset_ : float
         ``decision_function(X) = score_samples(X) - offset_``; the ``contamination`` quantile of the training scores.
     threshold_ : float
-        ``-offset_``: the reconstruction error above which a row is an anomaly.
+        ``-offset_``: the score above which a row is an anomaly.
+    nap_ : rvae_fast.rapp.NAP
+        With ``anomaly_score="nap"``: what was learnt from the training rows' differences.
     n_features_in_ : int
     feature_names_in_ : ndarray of str
         Where ``fit`` was given a DataFrame with string column names.
@@ -135,6 +147,10 @@ class RVAEDetector(BaseDetector):
         kld_weight: float = 1.0,
         kld_warmup_epochs: float = 0.0,
         anomaly_score: str = "reconstruction",
+        pathway: str = "stages",
+        pathway_input: bool = True,
+        nap_tolerance: float = 1e-10,
+        nap_ridge: float = 0.0,
         epochs: int | None = None,
         batch_size: int = 256,
         optimizer: str = "adamw",
@@ -177,6 +193,10 @@ class VAEDetector(BaseDetector):
         kld_weight: float = 1.0,
         kld_warmup_epochs: float = 0.0,
         anomaly_score: str = "reconstruction",
+        pathway: str = "stages",
+        pathway_input: bool = True,
+        nap_tolerance: float = 1e-10,
+        nap_ridge: float = 0.0,
         epochs: int | None = None,
         batch_size: int = 256,
         optimizer: str = "adamw",
@@ -220,6 +240,11 @@ class RAEDetector(BaseDetector):
         activation: str = "leaky_relu",
         negative_slope: float = 0.01,
         likelihood: str = "squared",
+        anomaly_score: str = "reconstruction",
+        pathway: str = "stages",
+        pathway_input: bool = True,
+        nap_tolerance: float = 1e-10,
+        nap_ridge: float = 0.0,
         epochs: int | None = None,
         batch_size: int = 256,
         optimizer: str = "adamw",
@@ -259,6 +284,11 @@ class AEDetector(BaseDetector):
         activation: str = "leaky_relu",
         negative_slope: float = 0.01,
         likelihood: str = "squared",
+        anomaly_score: str = "reconstruction",
+        pathway: str = "stages",
+        pathway_input: bool = True,
+        nap_tolerance: float = 1e-10,
+        nap_ridge: float = 0.0,
         epochs: int | None = None,
         batch_size: int = 256,
         optimizer: str = "adamw",

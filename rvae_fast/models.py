@@ -9,8 +9,9 @@ appendix B), a row's anomaly score its reconstruction error.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,6 +40,18 @@ class Output(NamedTuple):
     logvar: Tensor | None
     #: The code the decoder saw ``[batch, latent_features]``: a sample while training, the mean otherwise.
     z: Tensor
+
+
+@contextlib.contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; on leaving, every module's mode is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -258,13 +271,8 @@ class Autoencoder(nn.Module):
         -------
         Tensor [batch], fp32 (fp64 for an fp64 model)
         """
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
+        with in_eval(self):
             error, kld = self.loss_terms(x)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         return error + kld_weight * kld if kld_weight and self.is_variational else error
 
 

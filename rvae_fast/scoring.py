@@ -97,10 +97,11 @@ def map_rows(
     batch_size: int = BATCH_ROWS,
     device: str | torch.device | None = None,
     precision: str = "auto",
+    row_tile: int = ROW_TILE,
 ) -> NDArray[np.float64]:
     """Apply a function of rows ``[b, in_features] -> [b, ...]`` to a table in padded batches; no gradients.
 
-    ``function`` sees fp32 batches on ``device``, a multiple of :data:`ROW_TILE` rows each; the padding's results are
+    ``function`` sees fp32 batches on ``device``, a multiple of ``row_tile`` rows each; the padding's results are
     dropped. Returns a float64 array ``[n, ...]``.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
@@ -118,7 +119,7 @@ def map_rows(
         for start in range(0, x.shape[0], batch_size):
             rows = _batch(x[start : start + batch_size], at, dtype)
             n = rows.shape[0]
-            short = -n % ROW_TILE
+            short = -n % row_tile
             if short:
                 rows = torch.cat([rows, rows[-1:].expand(short, -1)])
             result = function(rows)[:n].double().cpu().numpy()

@@ -173,6 +173,9 @@ def _describe_detector(detector: BaseDetector) -> tuple[dict[str, Any], dict[str
     }
     if scaler.fill is not None:
         tensors["scaler.fill"] = torch.from_numpy(scaler.fill)
+    if hasattr(detector, "nap_"):
+        tensors["nap.mean"] = torch.from_numpy(detector.nap_.mean)
+        tensors["nap.whitening"] = torch.from_numpy(detector.nap_.whitening)
     return {
         "kind": "detector",
         "class": name,
@@ -209,6 +212,8 @@ def _restore_detector(
     if wrong:
         raise FileFormatError(f"{path} does not fit a network of {width} columns: {'; '.join(wrong)}")
     detector.scaler_ = Scaler(document["scaler"], **parts)
+    if detector.anomaly_score == "nap" or "nap.mean" in tensors:
+        detector.nap_ = _restore_nap(path, tensors)
     detector.history_ = History.from_dict({**document["history"], "steps": tensors["history.steps"].numpy()})
     detector.n_iter_ = len(detector.history_.epochs)
     detector.offset_ = float(document["offset"])
@@ -218,6 +223,15 @@ def _restore_detector(
     if device is not None:
         detector.set_params(device=str(device))
     return detector
+
+
+def _restore_nap(path: Path, tensors: dict[str, Tensor]) -> Any:
+    from rvae_fast.rapp import NAP
+
+    mean, whitening = tensors["nap.mean"].numpy(), tensors["nap.whitening"].numpy()
+    if mean.ndim != 1 or whitening.ndim != 2 or len(whitening) != len(mean):
+        raise FileFormatError(f"{path}: nap.mean {list(mean.shape)} and nap.whitening {list(whitening.shape)} disagree")
+    return NAP(mean, whitening)
 
 
 def _plain(name: str, value: Any) -> Any:

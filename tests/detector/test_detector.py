@@ -20,6 +20,7 @@ from sklearn.preprocessing import QuantileTransformer
 
 from rvae_fast._detector_options import default_architecture, default_epochs
 from rvae_fast.detector import DETECTORS, AEDetector, RAEDetector, RVAEDetector, VAEDetector
+from rvae_fast.serialization import load
 
 from .conftest import SMALL
 
@@ -312,3 +313,58 @@ def _dumped(detector: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(detector, buffer)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("anomaly_score", ["sap", "nap"])
+@pytest.mark.parametrize("detector_class", EVERY)
+def test_rapps_scores_find_rows_that_leave_the_curve(
+    detector_class: Any, anomaly_score: str, table: np.ndarray, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(2)
+    wrong = np.stack([rng.permutation(column) for column in table[:250].T], axis=1)
+    options: dict[str, Any] = {"epochs": 40, "batch_size": 64, "learning_rate": 3e-3, "random_state": 0}
+    detector = detector_class(anomaly_score=anomaly_score, contamination=0.02, **options).fit(table[:250])
+    X = np.r_[table[250:], wrong]
+    scores = -detector.score_samples(X)
+    assert roc_auc_score(np.r_[np.zeros(50), np.ones(250)], scores) > 0.8
+    assert (detector.predict(table[:250]) == -1).sum() == 5
+    np.testing.assert_array_equal(-detector.score_samples(X[7:8]), scores[7:8])
+    np.testing.assert_array_equal(-pickle.loads(pickle.dumps(detector)).score_samples(X), scores)
+    detector.save(tmp_path / "detector.safetensors")
+    np.testing.assert_array_equal(-load(tmp_path / "detector.safetensors").score_samples(X), scores)
+
+
+def test_options_of_rapps_scores_reach_them(table: np.ndarray) -> None:
+    def scores(**options: Any) -> np.ndarray:
+        return RVAEDetector(**SMALL, **options).fit(table).score_samples(table)
+
+    for base, *changes in (
+        ({"anomaly_score": "sap"}, {"pathway": "units"}, {"pathway_input": False}),
+        ({"anomaly_score": "nap"}, {"pathway": "units"}, {"pathway_input": False}, {"nap_ridge": 0.5},
+         {"nap_tolerance": 0.1}),
+    ):  # fmt: skip
+        plain = scores(**base)
+        for change in changes:
+            assert not np.allclose(scores(**base, **change), plain)
+
+
+def test_nap_set_after_fit_asks_for_another_fit(table: np.ndarray) -> None:
+    detector = RVAEDetector(**SMALL).fit(table).set_params(anomaly_score="nap")
+    with pytest.raises(NotFittedError, match="fit again"):
+        detector.score_samples(table)
+    detector.fit(table).score_samples(table)
+    assert not hasattr(detector.set_params(anomaly_score="sap").fit(table), "nap_")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("pathway", "layers"), ("pathway_input", "yes"), ("nap_tolerance", -1), ("nap_ridge", float("nan"))],
+)
+def test_bad_options_of_rapps_scores_are_named(option: str, value: Any, table: np.ndarray) -> None:
+    with pytest.raises((TypeError, ValueError), match=option):
+        RVAEDetector(**SMALL, **{option: value}).fit(table)
+
+
+def test_only_variational_detectors_have_an_elbo(table: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="anomaly_score"):
+        AEDetector(**SMALL, anomaly_score="elbo").fit(table)

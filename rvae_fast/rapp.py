@@ -1,0 +1,318 @@
+"""SAP and NAP: anomaly scores from the way a row and its reconstruction take through the encoder.
+
+Both are RaPP's (Kim et al., ICLR 2020). With ``d`` the differences of :mod:`rvae_fast.pathway` side by side::
+
+    SAP(x) = |d|^2                                 simple aggregation
+    NAP(x) = n |S^-1 V^T (d - mean)|^2             normalised aggregation, U S V^T the SVD of the n training rows' d
+
+NAP is the Mahalanobis distance of ``d``, so its singular vectors come from a covariance, which rows stream through: the
+matrix of differences ``[n, D]`` never exists. The paper leaves out the factor ``n``, which orders rows in the same way;
+with it a training row averages the rank, whatever the size of the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rvae_fast.models import Autoencoder, in_eval
+from rvae_fast.pathway import differences, reconstruct
+from rvae_fast.scoring import _parts, map_rows
+
+#: Rows that go through the network at once, always so many: matrix products of another number of rows may sum in
+#: another order, and a row's score must not depend on how its table comes in. A last batch is padded.
+TILE = 256
+
+#: Rows whose differences are gathered before they enter the covariance: fewer would make its additions the main cost.
+GATHERED = 16 * TILE
+
+#: Directions whose variance is below this share of the largest one's are left out: the differences are of fp32 numbers,
+#: whose rounding has a variance of about 1e-14 of their own, and whitening would raise it to the level of the rest.
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class NAP:
+    """What NAP learns from normal rows: rows' differences are centred and whitened by it.
+
+    Attributes
+    ----------
+    mean : ndarray [D] float64
+    whitening : ndarray [D, rank] float64
+        ``V S^-1 sqrt(n)``: a training row's centred differences times this have unit covariance.
+    """
+
+    mean: NDArray[np.float64]
+    whitening: NDArray[np.float64]
+
+    @property
+    def rank(self) -> int:
+        """Directions that were kept."""
+        return int(self.whitening.shape[1])
+
+    def scorer(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Scores ``[n]`` fp64 of differences ``[n, D]``, as a function for tensors on ``device``."""
+        # Zeros up to a multiple of 8 columns, so that every row begins on a vector's boundary: the product would sum
+        # rows that do not in another order.
+        short, narrow = -len(self.mean) % 8, -self.rank % 8
+        mean = torch.nn.functional.pad(torch.from_numpy(self.mean), (0, short)).to(device)
+        whitening = torch.nn.functional.pad(torch.from_numpy(self.whitening), (0, narrow, 0, short)).to(device)
+
+        def score(d: Tensor) -> Tensor:
+            return ((torch.nn.functional.pad(d.double(), (0, short)) - mean) @ whitening).square().sum(1)
+
+        return score
+
+
+class Moments:
+    """Mean and scatter matrix of rows that stream past, in fp64; chunks merge by Chan's rule.
+
+    Chan, Golub and LeVeque (1983), equation 2.1, for vectors: no sum of squares is ever taken about the origin, so a
+    mean far from zero costs no digits.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: NDArray[np.float64] = np.zeros(0)
+        self.scatter: NDArray[np.float64] = np.zeros((0, 0))
+
+    def update(self, rows: NDArray[np.float64]) -> None:
+        """Take in rows ``[n, D]``; ``rows`` is overwritten."""
+        n = len(rows)
+        if n == 0:
+            return
+        mean = rows.mean(axis=0)
+        rows -= mean
+        if self.count == 0:
+            self.count, self.mean, self.scatter = n, mean, rows.T @ rows  # NumPy sees a product with itself: dsyrk
+            return
+        delta, total = mean - self.mean, self.count + n
+        self.scatter += rows.T @ rows
+        self.scatter += np.outer(delta, delta * (self.count * n / total))
+        self.mean = self.mean + delta * (n / total)
+        self.count = total
+
+    def whiten(self, tolerance: float = TOLERANCE, ridge: float = 0.0) -> NAP:
+        """The whitening of what has been taken in; see :func:`fit_nap`."""
+        if self.count < 2:
+            raise ValueError(f"x must have at least 2 rows to find a covariance from, got {self.count}")
+        from scipy.linalg import eigh
+
+        values, vectors = eigh(self.scatter / self.count, overwrite_a=True, check_finite=False)
+        largest = float(values[-1])
+        if not math.isfinite(largest) or largest <= 0.0:
+            raise ValueError("the differences of the rows do not vary: NAP has nothing to whiten")
+        kept = values > tolerance * largest
+        if not kept.any():
+            raise ValueError(f"tolerance must be below 1 to keep a direction, got {tolerance!r}")
+        variance = values[kept] + ridge * float(values[kept].mean())
+        return NAP(self.mean, np.ascontiguousarray(vectors[:, kept] / np.sqrt(variance)))
+
+
+def sap_scores(
+    model: Autoencoder,
+    x: Any,
+    *,
+    pathway: str = "stages",
+    include_input: bool = True,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> NDArray[np.float64]:
+    """SAP scores of a table's rows, higher being more anomalous.
+
+    Parameters
+    ----------
+    model : AE, RAE, VAE or RVAE
+        Scored as in eval mode; its own mode is left as it was.
+    x : ndarray, memory map or Tensor [n, in_features], or an iterable of such chunks
+        In the model's units.
+    pathway : {"stages", "units", "branches", "linears", "activations"}, default "stages"
+        Where row and reconstruction are compared, see :data:`rvae_fast.pathway.PATHWAYS`.
+    include_input : bool, default True
+        Whether the input itself counts, as in the paper.
+    device, precision
+        See :func:`rvae_fast.scoring.score_rows`.
+
+    Returns
+    -------
+    ndarray [n] float64
+        Infinite for a row on which the network overflows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rvae_fast import RVAE
+    >>> from rvae_fast.rapp import sap_scores
+    >>> sap_scores(RVAE(16, latent_features=4, n_layers=4), torch.rand(3, 16)).shape
+    (3,)
+    """
+    options = {"device": device, "precision": precision}
+    parts = list(sap_parts(model, x, pathway, include_input, **options))
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def sap_parts(
+    model: Autoencoder, x: Any, pathway: str = "stages", include_input: bool = True, **options: Any
+) -> Iterator[NDArray[np.float64]]:
+    """:func:`sap_scores` as a generator: one array of scores per chunk of ``x``."""
+
+    def score(rows: Tensor) -> Tensor:
+        total = torch.zeros(rows.shape[0], dtype=_wide(rows), device=rows.device)
+        for d in differences(model, rows, reconstruct(model, rows), pathway, include_input):
+            total += d.float().square().sum(1) if d.dtype != torch.float64 else d.square().sum(1)
+        return total
+
+    return _scored(model, x, score, options)
+
+
+def fit_nap(
+    model: Autoencoder,
+    x: Any,
+    *,
+    pathway: str = "stages",
+    include_input: bool = True,
+    tolerance: float = TOLERANCE,
+    ridge: float = 0.0,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> NAP:
+    """Find NAP's whitening on normal rows, normally those the model was trained on.
+
+    Parameters
+    ----------
+    model, x, pathway, include_input, device, precision
+        As for :func:`sap_scores`; at least 2 rows.
+    tolerance : float, default 1e-10
+        Directions of less variance than this share of the largest are left out.
+    ridge : float, default 0.0
+        Added to every variance, in units of the mean variance kept: directions of little variance then count less.
+        Zero is the paper's.
+
+    Returns
+    -------
+    NAP
+
+    Notes
+    -----
+    Memory: the scatter matrix ``[D, D]`` in fp64 and up to 4096 rows of differences ``[4096, D]``, ``D`` being the sum
+    of the places' widths.
+    """
+    check_share("tolerance", tolerance)
+    check_share("ridge", ridge)
+    moments = Moments()
+    options = {"device": device, "precision": precision}
+    with in_eval(model):
+        for part in _parts(x):
+            # Not a whole chunk at once: its differences would be several times the chunk itself.
+            for start in range(0, part.shape[0], GATHERED):
+                moments.update(_side_by_side(model, part[start : start + GATHERED], pathway, include_input, options))
+    return moments.whiten(tolerance, ridge)
+
+
+def nap_scores(
+    model: Autoencoder,
+    nap: NAP,
+    x: Any,
+    *,
+    pathway: str = "stages",
+    include_input: bool = True,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> NDArray[np.float64]:
+    """NAP scores of a table's rows, higher being more anomalous: the squared Mahalanobis distance of the differences.
+
+    Parameters
+    ----------
+    nap : NAP
+        From :func:`fit_nap`, with the same ``pathway`` and ``include_input``.
+    model, x, pathway, include_input, device, precision
+        As for :func:`sap_scores`.
+
+    Returns
+    -------
+    ndarray [n] float64
+        A training row averages ``nap.rank`` (less with a ridge). Infinite for a row on which the network overflows.
+
+    Raises
+    ------
+    ValueError
+        When ``nap`` was fitted to another pathway.
+    """
+    options = {"device": device, "precision": precision}
+    parts = list(nap_parts(model, nap, x, pathway, include_input, **options))
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def nap_parts(
+    model: Autoencoder, nap: NAP, x: Any, pathway: str = "stages", include_input: bool = True, **options: Any
+) -> Iterator[NDArray[np.float64]]:
+    """:func:`nap_scores` as a generator: one array of scores per chunk of ``x``."""
+
+    project: Callable[[Tensor], Tensor] | None = None
+
+    def score(rows: Tensor) -> Tensor:
+        nonlocal project
+        d = _concatenated(model, rows, pathway, include_input)
+        if d.shape[1] != len(nap.mean):
+            raise ValueError(
+                f"nap was fitted to {len(nap.mean)} differences; pathway {pathway!r} of this model has {d.shape[1]}"
+            )
+        project = nap.scorer(d.device) if project is None else project
+        return project(d)
+
+    return _scored(model, x, score, options)
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise an error that names the argument unless ``value`` is a finite number of at least 0."""
+    expected = f"{name} must be a finite number of at least 0, got {value!r}"
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(expected)
+    if not 0 <= value < math.inf:
+        raise ValueError(expected)
+
+
+# --- private ---
+
+
+def _wide(rows: Tensor) -> torch.dtype:
+    return torch.float32 if rows.device.type == "mps" else torch.float64
+
+
+def _concatenated(model: Autoencoder, rows: Tensor, pathway: str, include_input: bool) -> Tensor:
+    d = torch.cat(
+        [part.to(rows.dtype) for part in differences(model, rows, reconstruct(model, rows), pathway, include_input)], 1
+    )
+    return d.cpu() if d.device.type == "mps" else d  # no fp64 there
+
+
+def _side_by_side(
+    model: Autoencoder, x: Any, pathway: str, include_input: bool, options: dict[str, Any]
+) -> NDArray[np.float64]:
+    def function(rows: Tensor) -> Tensor:
+        return _concatenated(model, rows, pathway, include_input)
+
+    return map_rows(model, x, function, batch_size=TILE, row_tile=TILE, **options)
+
+
+def _scored(
+    model: Autoencoder, x: Any, score: Callable[[Tensor], Tensor], options: dict[str, Any]
+) -> Iterator[NDArray[np.float64]]:
+    for part in _parts(x):
+        with in_eval(model):
+            scores = map_rows(model, part, score, batch_size=TILE, row_tile=TILE, **options)
+        # inf - inf on the way: the network has never seen anything like this row.
+        scores[np.isnan(scores)] = np.inf
+        yield scores
