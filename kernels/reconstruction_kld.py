@@ -32,8 +32,9 @@ from torch import Tensor
 
 from .elementary import exp, log1p_unit
 
-#: Elements of one tile: 16 a thread, two loads of 16 bytes from each bf16 operand.
-TILE = 2048
+#: Elements of one tile: 16 a thread of a long row, two loads of 16 bytes from each bf16 operand; 8 of short rows and of
+#: latent variables, whose many row offsets and exponentials take registers.
+TILE, SHORT_TILE = 2048, 1024
 NUM_WARPS = 4
 #: Rows that one program of the weights' gradient takes in a step, its columns, and the most splits of the rows.
 WEIGHT_BLOCK_M, WEIGHT_BLOCK_N, WEIGHT_SPLITS = 32, 64, 64
@@ -80,7 +81,7 @@ def _tile(first, start, M, N, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     rows = tl.arange(0, BLOCK_M)
     columns = start + tl.arange(0, BLOCK_N)
     mask = (rows < M - first)[:, None] & (columns < N)[None, :]
-    return first * stride + rows[:, None] * stride + columns[None, :], mask, columns
+    return first * stride + rows[:, None] * stride + columns[None, :], mask
 
 
 @triton.jit
@@ -110,9 +111,10 @@ def _forward_kernel(
     row_mask = rows < M - first
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, N, BLOCK_N):
-        offsets, mask, columns = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
+        columns = start + tl.arange(0, BLOCK_N)
+        offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask, columns = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+        offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
         x_hat = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         term = error_term(x, x_hat, LIKELIHOOD)
         if weight_ptr is not None:
@@ -121,12 +123,12 @@ def _forward_kernel(
     tl.store(error_ptr + first + rows, tl.sum(total, axis=1) / divisor, mask=row_mask)
     if mu_ptr is not None:
         divergence = tl.zeros([BLOCK_M, BLOCK_L], tl.float32)
-        for start in range(0, L, BLOCK_L):
-            offsets, mask, columns = _tile(first, start, M, L, stride_mu, BLOCK_M, BLOCK_L)
-            mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            offsets, mask, columns = _tile(first, start, M, L, stride_logvar, BLOCK_M, BLOCK_L)
-            logvar = tl.load(logvar_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            divergence += tl.where(mask, kld_term(mu, logvar), 0.0)
+        for latent in range(0, L, BLOCK_L):
+            at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_L)
+            mu = tl.load(mu_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_L)
+            logvar = tl.load(logvar_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            divergence += tl.where(inside, kld_term(mu, logvar), 0.0)
         tl.store(kld_ptr + first + rows, tl.sum(divergence, axis=1), mask=row_mask)
 
 
@@ -164,33 +166,34 @@ def _backward_kernel(
     if grad_error_ptr is not None:
         row = tl.load(grad_error_ptr + rows * stride_grad_error, mask=rows < M, other=0.0).to(tl.float32) / divisor
         scale = row[:, None]
-        offsets, mask, columns = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
+        columns = start + tl.arange(0, BLOCK_N)
+        offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
         if weight_ptr is not None:
             scale = scale * tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask, columns = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+        offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
         x_hat = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         slope = error_slope(x, x_hat, LIKELIHOOD)
-        offsets, mask, columns = _tile(first, start, M, N, N, BLOCK_M, BLOCK_N)
+        offsets, mask = _tile(first, start, M, N, N, BLOCK_M, BLOCK_N)
         if grad_x_hat_ptr is not None:
             tl.store(grad_x_hat_ptr + offsets, (scale * slope).to(grad_x_hat_ptr.dtype.element_ty), mask=mask)
         if grad_x_ptr is not None:
             by_x = -x_hat if LIKELIHOOD == "bernoulli" else -slope
             tl.store(grad_x_ptr + offsets, (scale * by_x).to(grad_x_ptr.dtype.element_ty), mask=mask)
     if grad_kld_ptr is not None:
-        row = tl.load(grad_kld_ptr + rows * stride_grad_kld, mask=rows < M, other=0.0).to(tl.float32)[:, None]
-        for start_l in range(0, tl.where(start == 0, L, 0), BLOCK_L):
+        grad_kld = tl.load(grad_kld_ptr + rows * stride_grad_kld, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        for latent in range(0, tl.where(start == 0, L, 0), BLOCK_L):
             if grad_mu_ptr is not None:
-                offsets, mask, columns = _tile(first, start_l, M, L, stride_mu, BLOCK_M, BLOCK_L)
-                mu = tl.load(mu_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                offsets, mask, columns = _tile(first, start_l, M, L, L, BLOCK_M, BLOCK_L)
-                tl.store(grad_mu_ptr + offsets, (row * mu).to(grad_mu_ptr.dtype.element_ty), mask=mask)
+                at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_L)
+                mu = tl.load(mu_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_L)
+                tl.store(grad_mu_ptr + at, (grad_kld * mu).to(grad_mu_ptr.dtype.element_ty), mask=inside)
             if grad_logvar_ptr is not None:
-                offsets, mask, columns = _tile(first, start_l, M, L, stride_logvar, BLOCK_M, BLOCK_L)
-                logvar = tl.load(logvar_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                offsets, mask, columns = _tile(first, start_l, M, L, L, BLOCK_M, BLOCK_L)
-                grad = row * (0.5 * (exp(logvar) - 1.0))
-                tl.store(grad_logvar_ptr + offsets, grad.to(grad_logvar_ptr.dtype.element_ty), mask=mask)
+                at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_L)
+                logvar = tl.load(logvar_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_L)
+                grad = grad_kld * (0.5 * (exp(logvar) - 1.0))
+                tl.store(grad_logvar_ptr + at, grad.to(grad_logvar_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -218,9 +221,9 @@ def _weight_gradient_kernel(
         first = begin + step
         rows = first + tl.arange(0, BLOCK_M)
         row = tl.load(grad_error_ptr + rows * stride_grad_error, mask=rows < M, other=0.0).to(tl.float32) / divisor
-        offsets, mask, columns = _tile(first, column, M, N, stride_x, BLOCK_M, BLOCK_N)
+        offsets, mask = _tile(first, column, M, N, stride_x, BLOCK_M, BLOCK_N)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask, columns = _tile(first, column, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+        offsets, mask = _tile(first, column, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
         x_hat = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         total += tl.where(mask, row[:, None] * error_term(x, x_hat, LIKELIHOOD), 0.0)
     columns = column + tl.arange(0, BLOCK_N)
@@ -230,8 +233,8 @@ def _weight_gradient_kernel(
 def tiles(features: int, latent: int) -> tuple[int, int, int]:
     """Rows, feature columns and latent columns of one tile."""
     block_n = min(max(triton.next_power_of_2(features), 16), 1024)
-    block_m = TILE // block_n
-    return block_m, block_n, min(max(triton.next_power_of_2(latent), 1), TILE // block_m)
+    block_m = (TILE if block_n >= 256 else SHORT_TILE) // block_n
+    return block_m, block_n, min(max(triton.next_power_of_2(latent), 1), SHORT_TILE // block_m)
 
 
 def _by_rows(tensor: Tensor | None) -> Tensor | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .elementary import exp
 
-TILE = 1024
+TILE = 512
 NUM_WARPS = 4
 
 

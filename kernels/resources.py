@@ -70,7 +70,7 @@ def compile_kernel(
     arguments : dict
         For each parameter, by name: a Triton type (``"*bf16"``, ``"i32"``, ``"fp32"``), None for an absent pointer, or
         the value of a ``tl.constexpr`` or of an integer that a launch specialises on. Pointers and i32 are taken to be
-        divisible by 16, as launches find them.
+        divisible by 16, as launches find them; ``"i32 odd"`` is an i32 that is not.
     """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def compile_kernel(
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         else:
-            signature[parameter.name] = value
+            signature[parameter.name] = value.removesuffix(" odd")
             if value == "i32" or value.startswith("*"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rvae_fast import reference
 from rvae_fast._activations import Activation, check_activation
 from rvae_fast._architecture import plain_widths, positive_int, residual_stages
 from rvae_fast.nn import ORDERS, ResidualStack, Transition, check_rows
+from rvae_fast.ops.decoder_error import decoder_error
+from rvae_fast.ops.decoder_error import is_fused as has_decoder_error
 from rvae_fast.ops.reconstruction_kld import reconstruction_kld
 from rvae_fast.ops.reparameterise import is_fused, reparameterise
 
@@ -272,8 +275,24 @@ class Autoencoder(nn.Module):
         Tensor [batch], fp32 (fp64 for an fp64 model)
         """
         with in_eval(self):
-            error, kld = self.loss_terms(x)
+            fused = has_decoder_error(x) and _is_plain_linear(self.decoder[-1])
+            error, kld = self._fused_score_terms(x, kld_weight != 0) if fused else self.loss_terms(x)
         return error + kld_weight * kld if kld_weight and self.is_variational else error
+
+    def _fused_score_terms(self, x: Tensor, want_kld: bool) -> tuple[Tensor, Tensor]:
+        """:meth:`loss_terms` in eval of a decoder that ends in a linear layer: the reconstruction is not written."""
+        check_rows("x", x, self.in_features)
+        mu, logvar = self._encode(x)
+        last = self.decoder[-1]
+        error = decoder_error(self.decoder[:-1](mu), last.weight, last.bias, x, likelihood=self.likelihood)  # type: ignore[arg-type]
+        kld = reference.kld(mu, logvar) if want_kld and logvar is not None else torch.zeros_like(error)
+        return error, kld
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling ``module`` is the product with its weight and nothing else (no hooks, no parametrisation)."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) in (nn.Linear, Transition) and not hooks
 
 
 def _plain_net(

@@ -143,6 +143,25 @@ def _error_slope_x(x: Tensor, x_hat: Tensor, likelihood: str) -> Tensor:
     return -x_hat if likelihood == "bernoulli" else -_error_slope_x_hat(x, x_hat, likelihood)
 
 
+def decoder_error(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    feature_weight: Tensor | None = None,
+    likelihood: str = "squared",
+    reduction: str = "sum",
+) -> Tensor:
+    """The error of :func:`reconstruction_kld` with ``x_hat = h @ weight.T + bias``, the bias added in the sum's dtype.
+
+    The product runs in the dtype of h, which must be the weight's, and its result is rounded to that.
+    """
+    product = torch.mm(h, weight.t())
+    if bias is not None:
+        product = product.to(accumulation_dtype(h, bias)) + bias.to(accumulation_dtype(h, bias))
+    return reconstruction_kld(x, product, None, None, feature_weight, likelihood, reduction)[0]
+
+
 # --- a sample of the posterior, by counted random numbers ---
 
 
