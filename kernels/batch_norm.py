@@ -7,6 +7,7 @@ x, residual             [rows, features]    any        read once
 y                       [rows, features]    any        x + residual, where there is a residual
 tile_mean, tile_m2      [tiles, features]   fp32       per row tile, temporary
 norm                    [5, features]       fp32       stored: mean, rstd, unbiased variance, scale, shift
+running_mean, _var      [features]          any        updated in place by the merge, where it is asked to
 tile_sums               [2, tiles, features] fp32      per row tile, temporary: sums of g and of g * xhat
 norm_grad               [4, features]       fp32       temporary: mean, scale, b, c
 grad_weight, grad_bias  [features]          fp32       results: the affine gradients
@@ -29,6 +30,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import Number, launch
 
 #: (tile_mean [tiles, features], tile_m2 [tiles, features], rows of each tile but the last)
 Moments = tuple[Tensor, Tensor, int]
@@ -79,6 +82,13 @@ def _column_moments_kernel(
 
 
 @triton.jit
+def _move(running_ptr, batch, momentum, columns, mask):
+    running = tl.load(running_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    moved = (1.0 - momentum) * running + momentum * batch
+    tl.store(running_ptr + columns, moved.to(running_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _store_norm(norm_ptr, weight_ptr, bias_ptr, mean, rstd, variance, columns, N):
     mask = columns < N
     scale = rstd
@@ -94,17 +104,21 @@ def _store_norm(norm_ptr, weight_ptr, bias_ptr, mean, rstd, variance, columns, N
     tl.store(norm_ptr + 4 * N + columns, shift, mask=mask)
 
 
-@triton.jit
+# The addresses of a module's vectors are its own affair: nothing is gained where they are multiples of 16.
+@triton.jit(do_not_specialize_on_alignment=["weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr"])
 def _merge_moments_kernel(
     tile_mean_ptr,  # [tiles, N] fp32
     tile_m2_ptr,  # [tiles, N] fp32
     weight_ptr,  # [N] or None
     bias_ptr,  # [N] or None
+    running_mean_ptr,  # [N] or None
+    running_var_ptr,  # [N], or None with running_mean
     norm_ptr,  # [5, N] fp32
     M,
     N,
     tiles,
     eps,
+    momentum,
     TILE_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -131,10 +145,14 @@ def _merge_moments_kernel(
         m2 += chunk_m2 + delta * delta * (count * chunk / total)
         count = total
     rstd = 1.0 / tl.sqrt_rn(m2 / M + eps)
-    _store_norm(norm_ptr, weight_ptr, bias_ptr, mean, rstd, m2 / tl.maximum(count - 1.0, 1.0), columns, N)
+    variance = m2 / tl.maximum(count - 1.0, 1.0)
+    _store_norm(norm_ptr, weight_ptr, bias_ptr, mean, rstd, variance, columns, N)
+    if running_mean_ptr is not None:
+        _move(running_mean_ptr, mean, momentum, columns, mask)
+        _move(running_var_ptr, variance, momentum, columns, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["running_mean_ptr", "running_var_ptr", "weight_ptr", "bias_ptr"])
 def _running_norm_kernel(
     running_mean_ptr,  # [N]
     running_var_ptr,  # [N]
@@ -208,11 +226,11 @@ def column_moments(x: Tensor, residual: Tensor | None = None, y: Tensor | None =
     """
     rows, features = x.shape
     tiles = triton.cdiv(rows, MOMENTS_BLOCK_M)
-    tile_mean, tile_m2 = x.new_empty((2, tiles, features), dtype=torch.float32)
+    tile_mean, tile_m2 = (x.new_empty((tiles, features), dtype=torch.float32) for _ in range(2))
     grid = (tiles, triton.cdiv(features, MOMENTS_BLOCK_N))
-    _column_moments_kernel[grid](
-        x, residual, y, tile_mean, tile_m2, rows, features,
-        BLOCK_M=MOMENTS_BLOCK_M, BLOCK_N=MOMENTS_BLOCK_N, num_warps=4,
+    launch(
+        _column_moments_kernel, grid, x, residual, y, tile_mean, tile_m2, rows, features,
+        BLOCK_M=MOMENTS_BLOCK_M, BLOCK_N=MOMENTS_BLOCK_N, options={"num_warps": 4},
     )  # fmt: skip
     return tile_mean, tile_m2, MOMENTS_BLOCK_M
 
@@ -226,18 +244,23 @@ def merge_moments(
     bias: Tensor | None,
     eps: float,
     *,
+    running: tuple[Tensor, Tensor] | None = None,
+    momentum: float | Number = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """Merge per-tile moments of ``rows`` rows into ``norm[5, features]``, by BatchNorm's weight, bias and eps.
 
-    The deviation that normalises comes from the biased variance; the one that is written out, for the running
-    statistics, is the unbiased.
+    The deviation that normalises comes from the biased variance; the one that is written out, and goes into the running
+    variance, is the unbiased. With ``running`` (mean and variance, contiguous) these become
+    ``(1 - momentum) * running + momentum * batch``.
     """
     tiles, features = tile_mean.shape
     norm = tile_mean.new_empty((5, features)) if out is None else out
-    _merge_moments_kernel[(triton.cdiv(features, MERGE_BLOCK_N),)](
-        tile_mean, tile_m2, weight, bias, norm, rows, features, tiles, eps,
-        TILE_ROWS=tile_rows, BLOCK_T=MERGE_BLOCK_T, BLOCK_N=MERGE_BLOCK_N, num_warps=4,
+    running_mean, running_var = running or (None, None)
+    launch(
+        _merge_moments_kernel, (triton.cdiv(features, MERGE_BLOCK_N),), tile_mean, tile_m2, weight, bias,
+        running_mean, running_var, norm, rows, features, tiles, eps, momentum,
+        TILE_ROWS=tile_rows, BLOCK_T=MERGE_BLOCK_T, BLOCK_N=MERGE_BLOCK_N, options={"num_warps": 4},
     )  # fmt: skip
     return norm
 
@@ -249,9 +272,10 @@ def running_norm(
     """``norm[5, features]`` of a BatchNorm that normalises by its running statistics."""
     features = running_mean.shape[0]
     norm = running_mean.new_empty((5, features), dtype=torch.float32) if out is None else out
-    _running_norm_kernel[(triton.cdiv(features, 128),)](
-        running_mean, running_var, weight, bias, norm, features, eps, BLOCK_N=128, num_warps=4
-    )
+    launch(
+        _running_norm_kernel, (triton.cdiv(features, 128),), running_mean, running_var, weight, bias, norm, features,
+        eps, BLOCK_N=128, options={"num_warps": 4},
+    )  # fmt: skip
     return norm
 
 
@@ -289,8 +313,9 @@ def merge_gradients(
     _, tiles, features = tile_sums.shape
     grad_weight, grad_bias, grad_layer_bias = tile_sums.new_empty((3, features)) if out is None else out
     norm_grad = tile_sums.new_empty((4, features))
-    _merge_gradients_kernel[(triton.cdiv(features, MERGE_BLOCK_N),)](
-        tile_sums, norm, grad_weight, grad_bias, skip_sum, grad_layer_bias, norm_grad, rows, features, tiles,
-        BATCH_STATS=batch_stats, BLOCK_T=MERGE_BLOCK_T, BLOCK_N=MERGE_BLOCK_N, num_warps=4,
+    launch(
+        _merge_gradients_kernel, (triton.cdiv(features, MERGE_BLOCK_N),), tile_sums, norm, grad_weight, grad_bias,
+        skip_sum, grad_layer_bias, norm_grad, rows, features, tiles,
+        BATCH_STATS=batch_stats, BLOCK_T=MERGE_BLOCK_T, BLOCK_N=MERGE_BLOCK_N, options={"num_warps": 4},
     )  # fmt: skip
     return grad_weight, grad_bias, grad_layer_bias, norm_grad

@@ -42,6 +42,11 @@ class TileConfig(NamedTuple):
     splits: int = 1
     group_m: int = 8
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is told besides the tile."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 def _tiles(*configs: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
     return tuple(TileConfig(*config) for config in configs)
@@ -168,6 +173,11 @@ def backward_config(g: Tensor, weight: Tensor, rows: int) -> TileConfig:
 def weight_config(grad_y: Tensor, x: Tensor, dtype: torch.dtype) -> TileConfig:
     """Tiles and splits of ``weight_gradient``, for a product in ``dtype``."""
     return _chosen("weight", arithmetic_of(dtype), x.device, grad_y.shape[1], x.shape[1], x.shape[0])
+
+
+def policy(dtype: torch.dtype) -> tuple[str, ...]:
+    """What choices depend on besides shape, dtype and device."""
+    return (arithmetic_of(dtype),)
 
 
 def strategy(dtype: torch.dtype, rows: int, width: int) -> str:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .activations import activate_backward
 from .configurations import TileConfig, backward_config, input_precision
+from .launch import launch
 from .layer_forward import tile_order
 
 
@@ -150,6 +151,7 @@ def layer_backward(
     activation: str = "identity",
     negative_slope: float = 0.01,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient at the input of the activation before the layer (``x``, ``norm`` given) or of the layer's input (not).
@@ -170,6 +172,8 @@ def layer_backward(
         The forward's prologue.
     dtype : torch.dtype, optional
         Of d; by default the weight's.
+    out : [rows, in] contiguous, optional
+        Where to write d; by default a new tensor of that dtype.
     config : TileConfig, optional
         The tile sizes; by default the table's.
 
@@ -181,18 +185,19 @@ def layer_backward(
     tile_sums : fp32 [2, tiles, in] or None
         Column sums of d and of d * xhat over each row tile.
     """
-    rows, out = g.shape
+    rows, width = g.shape
     inner = weight.shape[1]
     if config is None:
         config = backward_config(g, weight, rows)
     tiles = triton.cdiv(rows, config.block_m)
-    d = weight.new_empty((rows, inner), dtype=dtype)
+    d = weight.new_empty((rows, inner), dtype=dtype) if out is None else out
     grad_y = None if y is None else torch.empty_like(y)
     tile_sums = g.new_empty((2, tiles, inner), dtype=torch.float32) if x is not None else None
-    _layer_backward_kernel[(tiles * triton.cdiv(inner, config.block_n),)](
-        g, y, norm_grad, skip_grad, grad_y, weight, residual, x, norm, skip, d, tile_sums, rows, out, inner,
+    launch(
+        _layer_backward_kernel, (tiles * triton.cdiv(inner, config.block_n),),
+        g, y, norm_grad, skip_grad, grad_y, weight, residual, x, norm, skip, d, tile_sums, rows, width, inner,
         negative_slope, ACTIVATION=activation, PRECISION=input_precision(weight.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        options=config.options,
     )  # fmt: skip
     return d, g if grad_y is None else grad_y, tile_sums

@@ -32,6 +32,7 @@ from torch import Tensor
 from .activations import activate
 from .batch_norm import Moments, tile_moments
 from .configurations import TileConfig, forward_config, input_precision
+from .launch import launch
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def normalise(x, norm_ptr, columns, mask, N):
     return (x - mean[None, :]) * scale[None, :] + shift[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["bias_ptr"])
 def _layer_forward_kernel(
     x_ptr,  # [M, K]
     norm_ptr,  # [5, K] fp32, or None: no normalisation
@@ -172,11 +173,13 @@ def layer_forward(
         config = forward_config(x, weight, rows)
     tiles = triton.cdiv(rows, config.block_m)
     y = weight.new_empty((rows, width)) if out is None else out
-    tile_mean, tile_m2 = x.new_empty((2, tiles, width), dtype=torch.float32) if moments else (None, None)
-    _layer_forward_kernel[(tiles * triton.cdiv(width, config.block_n),)](
-        x, norm, skip, h, weight, bias, residual, y, tile_mean, tile_m2, rows, width, inner, negative_slope,
-        ACTIVATION=activation, PRECISION=input_precision(weight.dtype),
+    tile_mean = x.new_empty((tiles, width), dtype=torch.float32) if moments else None
+    tile_m2 = None if tile_mean is None else torch.empty_like(tile_mean)
+    launch(
+        _layer_forward_kernel, (tiles * triton.cdiv(width, config.block_n),),
+        x, norm, skip, h, weight, bias, residual, y, tile_mean, tile_m2, rows, width, inner,
+        negative_slope, ACTIVATION=activation, PRECISION=input_precision(weight.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        options=config.options,
     )  # fmt: skip
     return y, None if tile_mean is None or tile_m2 is None else (tile_mean, tile_m2, config.block_m)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
+from .launch import launch
 from .layer_backward import activation_gradient, norm_input_gradient
 from .layer_forward import normalise
 
@@ -131,9 +132,10 @@ def norm_activation(
     It is written to ``out``, or to a new tensor of ``dtype`` (by default x's).
     """
     h = torch.empty_like(x, dtype=dtype) if out is None else out
-    _norm_activation_kernel[_grid(x)](
-        x, norm, skip, h, *x.shape, negative_slope, ACTIVATION=activation, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4
-    )
+    launch(
+        _norm_activation_kernel, _grid(x), x, norm, skip, h, *x.shape, negative_slope,
+        ACTIVATION=activation, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, options={"num_warps": 4},
+    )  # fmt: skip
     return h
 
 
@@ -152,18 +154,21 @@ def norm_activation_backward(
     d = torch.empty_like(grad, dtype=dtype)
     grid = _grid(x)
     tile_sums = x.new_empty((2, grid[0], x.shape[1]), dtype=torch.float32)
-    _norm_activation_backward_kernel[grid](
-        grad, x, norm, skip, d, tile_sums, *x.shape, negative_slope,
-        ACTIVATION=activation, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
+    launch(
+        _norm_activation_backward_kernel, grid, grad, x, norm, skip, d, tile_sums, *x.shape, negative_slope,
+        ACTIVATION=activation, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, options={"num_warps": 4},
     )  # fmt: skip
     return d, tile_sums
 
 
-def norm_backward(d: Tensor, x: Tensor, norm_grad: Tensor, *, skip_grad: Tensor | None = None) -> Tensor:
+def norm_backward(
+    d: Tensor, x: Tensor, norm_grad: Tensor, *, skip_grad: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """BatchNorm's input gradient ``scale * d - b - (x - mean) * c``, plus the gradient that came over the skip, in x's
     dtype."""
-    grad_x = torch.empty_like(x)
-    _norm_backward_kernel[_grid(x)](
-        d, x, norm_grad, skip_grad, grad_x, *x.shape, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4
-    )
+    grad_x = torch.empty_like(x) if out is None else out
+    launch(
+        _norm_backward_kernel, _grid(x), d, x, norm_grad, skip_grad, grad_x, *x.shape,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, options={"num_warps": 4},
+    )  # fmt: skip
     return grad_x

@@ -18,7 +18,35 @@ import torch
 from torch import Tensor
 
 from .batch_norm import Moments, column_moments
+from .launch import call
 from .norm_activation import norm_activation, norm_activation_backward, norm_backward
+
+
+def _linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(weight.dtype), x, weight.t(), out=out)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.mm(a, b, out=out)
+
+
+def _product_of_transposed(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.mm(a.t(), b, out=out)
+
+
+def _sum(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.add(a, b, out=out)
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype == dtype:
+        return x
+    cast = torch.empty_like(x, dtype=dtype)
+    call(Tensor.copy_, cast, x)
+    return cast
 
 
 def plain_layer_forward(
@@ -41,19 +69,16 @@ def plain_layer_forward(
         operand = norm_activation(
             x, norm, skip=skip, activation=activation, negative_slope=negative_slope, dtype=weight.dtype, out=h
         )
-    operand = operand.to(weight.dtype)
+    operand = _in_dtype(operand, weight.dtype)
     y = weight.new_empty((x.shape[0], weight.shape[0])) if out is None else out
     product = y if y.dtype == weight.dtype else torch.empty_like(y, dtype=weight.dtype)
-    if bias is None:
-        torch.mm(operand, weight.t(), out=product)
-    else:
-        torch.addmm(bias.to(weight.dtype), operand, weight.t(), out=product)
+    call(_linear, product, operand, weight, bias)
     if moments and (residual is not None or product is y):
         return y, column_moments(product, residual, None if residual is None else y)
     if residual is not None:
-        torch.add(product, residual, out=y)
+        call(_sum, y, product, residual)
     elif product is not y:
-        y.copy_(product)
+        call(Tensor.copy_, y, product)
     return y, column_moments(y) if moments else None
 
 
@@ -71,15 +96,22 @@ def plain_layer_backward(
     activation: str = "identity",
     negative_slope: float = 0.01,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As :func:`.layer_backward.layer_backward`."""
     dtype = weight.dtype if dtype is None else dtype
     grad_y = g if y is None or norm_grad is None else norm_backward(g, y, norm_grad, skip_grad=skip_grad)
-    grad = torch.mm(grad_y.to(weight.dtype), weight)
+    product = weight.new_empty((g.shape[0], weight.shape[1]))
+    call(_product, product, _in_dtype(grad_y, weight.dtype), weight)
+    grad = product
     if residual is not None:
-        grad = grad + residual
+        grad = torch.empty_like(product, dtype=torch.promote_types(product.dtype, residual.dtype))
+        call(_sum, grad, product, residual)
     if x is None or norm is None:
-        return grad.to(dtype), grad_y, None
+        if out is None:
+            return _in_dtype(grad, dtype), grad_y, None
+        call(Tensor.copy_, out, grad)
+        return out, grad_y, None
     d, tile_sums = norm_activation_backward(
         grad, x, norm, skip=skip, activation=activation, negative_slope=negative_slope, dtype=dtype
     )
@@ -100,5 +132,9 @@ def plain_weight_gradient(
     dtype = x.dtype if dtype is None else dtype
     if norm is not None:
         x = norm_activation(x, norm, activation=activation, negative_slope=negative_slope, dtype=dtype)
-    product = torch.mm(grad_y.to(dtype).t(), x.to(dtype))
-    return product.float() if out is None else out.copy_(product)
+    total = x.new_empty((grad_y.shape[1], x.shape[1]), dtype=torch.float32) if out is None else out
+    product = total if dtype == torch.float32 else torch.empty_like(total, dtype=dtype)
+    call(_product_of_transposed, product, _in_dtype(grad_y, dtype), _in_dtype(x, dtype))
+    if product is not total:
+        call(Tensor.copy_, total, product)
+    return total

@@ -16,13 +16,18 @@ Order "pre", layer l: ``y_l = activation(norm_l(y_{l-1})) @ W_l.T + b_l`` (+ the
 Order "post": ``y_l = a_l @ W_l.T + b_l`` with ``a_l = activation(norm_{l-1}(y_{l-1}))`` (+ the unit's input inside the
 activation at a unit's start); the first layer takes x as it is and the result is the last such activation.
 
-A layer runs fused (one pass each way) or by the library's product with pointwise passes, as ``configurations.strategy``
-says for its shape.
+A layer runs fused (one pass each way), fused but for the forward's column moments ("two-pass"), or by the library's
+product with pointwise passes ("plain"), as ``configurations.strategy`` says for its shape.
+
+The driver below runs once for a set of shapes and options, on stand-ins, and records a :class:`.launch.Tape`; a call
+plays it. Nothing in it may look at a value.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +35,7 @@ from torch import Tensor
 
 from . import configurations
 from .batch_norm import Moments, column_moments, merge_gradients, merge_moments, running_norm
+from .launch import Number, Tape, call
 from .layer_backward import layer_backward
 from .layer_forward import layer_forward
 from .norm_activation import norm_activation, norm_activation_backward, norm_backward
@@ -60,7 +66,10 @@ class Kept(NamedTuple):
 
 
 class StackGradients(NamedTuple):
-    """Of x in its dtype, None if unwanted; of the parameters in fp32, one row a layer, unwanted weights unset."""
+    """Of x in its dtype, None if unwanted; of the parameters in fp32, one row a layer.
+
+    ``weights`` has no rows where none is wanted, and zeros for those that are not.
+    """
 
     x: Tensor | None
     weights: Tensor
@@ -75,24 +84,74 @@ class _Layer(NamedTuple):
     weight: Callable[..., Tensor]
 
 
+def _two_pass_forward(*args: Any, moments: bool, **kwargs: Any) -> tuple[Tensor, Moments | None]:
+    """The fused layer with the moments in a pass of their own."""
+    y, _ = layer_forward(*args, moments=False, **kwargs)
+    return y, column_moments(y) if moments else None
+
+
 _LAYERS = {
     "fused": _Layer(layer_forward, layer_backward, weight_gradient),
+    "two-pass": _Layer(_two_pass_forward, layer_backward, weight_gradient),
     "plain": _Layer(plain_layer_forward, plain_layer_backward, plain_weight_gradient),
 }
 
 
-def _setting(options: StackOptions, rows: int, width: int) -> tuple[_Layer, dict[str, Any]]:
-    layer = _LAYERS[configurations.strategy(options.dtype, rows, width)]
-    return layer, {"activation": options.activation, "negative_slope": options.negative_slope}
+class _Key(NamedTuple):
+    """All that a recording depends on."""
+
+    device: torch.device
+    aligned: bool
+    rows: int
+    width: int
+    depth: int
+    options: StackOptions
+    eps: float
+    x: torch.dtype
+    weight: torch.dtype
+    cast: bool
+    bias: torch.dtype | None
+    norm_weight: torch.dtype | None
+    norm_bias: torch.dtype | None
+    running: torch.dtype | None
+    keep: bool
+    update: bool
+    need_x: bool
+    need_weights: tuple[bool, ...]
+    strategy: str
+    policy: tuple[Any, ...]  # what the choice of tiles depends on besides shape, dtype and device
 
 
-def _cast(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    return tensors[0].dtype if tensors else None
+
+
+def _aligned(x: Tensor, *lists: Sequence[Tensor]) -> bool:
+    # Of a width that is no multiple of 8, rows start anywhere and the address of the first one is of no use.
+    if x.shape[1] % 8 or x.data_ptr() % 16:
+        return False
+    return not any(t.data_ptr() % 16 for tensors in lists for t in tensors)
+
+
+def _needs_cast(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    return weights[0].dtype != dtype or not all(w.is_contiguous() for w in weights)
+
+
+def _cast(tape: Tape, weights: list[Tensor], key: _Key) -> list[Tensor]:
     """The weights, contiguous, in the products' dtype: one kernel for all of them."""
-    if all(w.dtype == dtype and w.is_contiguous() for w in weights):
+    if not key.cast:
         return weights
-    cast = weights[0].new_empty((len(weights), *weights[0].shape), dtype=dtype).unbind(0)
-    torch._foreach_copy_(cast, list(weights))
+    cast = tape.unbind(weights[0].new_empty((key.depth, key.width, key.width), dtype=key.options.dtype))
+    call(torch._foreach_copy_, cast, weights)
     return cast
+
+
+def _kept_shapes(key: _Key) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of inner, stream and norms."""
+    units = key.depth // key.options.layers
+    inner = (key.depth - units if key.options.order == "pre" else key.depth) if key.keep else 0
+    rows = (key.rows, key.width)
+    return (inner, *rows), (units - 1 if key.keep else 0, *rows), (key.depth, 5, key.width)
 
 
 def stack_forward(
@@ -107,18 +166,23 @@ def stack_forward(
     options: StackOptions,
     *,
     keep: bool = True,
+    momentum: Sequence[float] = (),
 ) -> tuple[Tensor, Kept]:
-    """Run the stack. Running statistics are read without ``batch_stats`` and never written: ``norms`` has the batch's.
+    """Run the stack.
 
     Parameters
     ----------
     x : [rows, width] contiguous, rows > 0 (> 1 with ``batch_stats``)
     weights : L tensors [width, width]
-    biases, norm_weights, norm_biases, running_means, running_vars : L tensors [width], or none
+    biases, norm_weights, norm_biases, running_means, running_vars : L tensors [width] contiguous, or none
+        One dtype a list.
     eps : float
     options : StackOptions
     keep : bool
         Keep what :func:`stack_backward` needs; without, ``inner`` and ``stream`` come out empty.
+    momentum : L floats, or none
+        With ``batch_stats``, weights of this batch in the running statistics, which are then updated, layer after
+        layer; without, they stay as they are (``norms`` has the batch's).
 
     Returns
     -------
@@ -126,60 +190,125 @@ def stack_forward(
     kept : Kept
     """
     rows, width = x.shape
-    depth, layers = len(weights), options.layers
-    layer, act = _setting(options, rows, width)
-    cast = _cast(weights, options.dtype)
-    inner = x.new_empty((0, rows, width), dtype=options.dtype)
-    stream = x.new_empty((0, rows, width))
-    if keep:
-        inner = inner.new_empty((depth - depth // layers if options.order == "pre" else depth, rows, width))
-        stream = stream.new_empty((depth // layers - 1, rows, width))
-    norms = x.new_empty((depth, 5, width), dtype=torch.float32)
-
-    def entry(tensors: Sequence[Tensor], i: int) -> Tensor | None:
-        return tensors[i] if tensors else None
-
-    def finish_norm(i: int, moments: Moments | None) -> Tensor:
-        weight, bias = entry(norm_weights, i), entry(norm_biases, i)
-        if moments is not None:
-            return merge_moments(*moments, rows, weight, bias, eps, out=norms[i])
-        return running_norm(running_means[i], running_vars[i], weight, bias, eps, out=norms[i])
-
+    key = _Key(
+        x.device, _aligned(x, weights), rows, width, len(weights), options, eps, x.dtype, weights[0].dtype,
+        _needs_cast(weights, options.dtype), _dtype_of(biases), _dtype_of(norm_weights), _dtype_of(norm_biases),
+        _dtype_of(running_means), keep, bool(momentum), False, (),
+        *_choice(options, rows, width),
+    )  # fmt: skip
+    inner_shape, stream_shape, norms_shape = _kept_shapes(key)
     result = torch.empty_like(x)
-    used_inner = used_stream = 0
+    kept = Kept(
+        x.new_empty(inner_shape, dtype=options.dtype),
+        x.new_empty(stream_shape),
+        x.new_empty(norms_shape, dtype=torch.float32),
+    )
+    values = [x, result, *kept, *weights, *biases, *norm_weights, *norm_biases]
+    if not options.batch_stats or momentum:
+        values += [*running_means, *running_vars]
+    with torch.no_grad(), _on(x.device):
+        _forward_tape(key).play([*values, *momentum])
+    return result, kept
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _choice(options: StackOptions, rows: int, width: int) -> tuple[str, tuple[Any, ...]]:
+    return configurations.strategy(options.dtype, rows, width), configurations.policy(options.dtype)
+
+
+@functools.lru_cache(maxsize=128)
+def _forward_tape(key: _Key) -> Tape:
+    options, depth, square, column = key.options, key.depth, (key.width, key.width), (key.width,)
+    with Tape(key.device, key.aligned).recording() as tape:
+        x, result = (tape.input((key.rows, key.width), key.x) for _ in range(2))
+        kept = [
+            tape.input(shape, dtype)
+            for shape, dtype in zip(_kept_shapes(key), (options.dtype, key.x, torch.float32), strict=True)
+        ]
+        weights = tape.inputs(depth, square, key.weight)
+        vectors = [tape.inputs(depth, column, dtype) for dtype in (key.bias, key.norm_weight, key.norm_bias)]
+        running: list[tuple[Tensor, Tensor]] = []
+        if not options.batch_stats or key.update:
+            running = list(zip(*(tape.inputs(depth, column, key.running) for _ in range(2)), strict=True))
+        momentum = [tape.number() for _ in range(depth)] if key.update else []
+        norms = _Norms(key, vectors[1], vectors[2], running, momentum, tape.unbind(kept[2]))
+        run = _forward_pre if options.order == "pre" else _forward_post
+        inner, stream = (tape.unbind(t) for t in kept[:2])
+        run(x, result, _cast(tape, weights, key), vectors[0] or [None] * depth, norms, inner, stream, key)
+    return tape
+
+
+class _Norms:
+    """Turns the statistics of a layer's input into ``norm``."""
+
+    def __init__(
+        self, key: _Key, weights: list[Tensor], biases: list[Tensor], running: list[tuple[Tensor, Tensor]],
+        momentum: list[Number], out: list[Tensor],
+    ) -> None:  # fmt: skip
+        self.key, self.out = key, out
+        self.weights: Sequence[Tensor | None] = weights or [None] * key.depth
+        self.biases: Sequence[Tensor | None] = biases or [None] * key.depth
+        self.running, self.momentum = running, momentum
+
+    def finish(self, i: int, moments: Moments | None) -> Tensor:
+        key, weight, bias = self.key, self.weights[i], self.biases[i]
+        if moments is None:
+            return running_norm(*self.running[i], weight, bias, key.eps, out=self.out[i])
+        update: dict[str, Any] = {"running": self.running[i], "momentum": self.momentum[i]} if key.update else {}
+        return merge_moments(*moments, key.rows, weight, bias, key.eps, out=self.out[i], **update)
+
+
+def _setting(key: _Key) -> tuple[_Layer, dict[str, Any]]:
+    return _LAYERS[key.strategy], {"activation": key.options.activation, "negative_slope": key.options.negative_slope}
+
+
+def _forward_pre(
+    x: Tensor, result: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: _Norms,
+    inner: list[Tensor], stream: list[Tensor], key: _Key,
+) -> None:  # fmt: skip
+    layers, batch_stats = key.options.layers, key.options.batch_stats
+    layer, act = _setting(key)
     y, unit_input = x, x
-    if options.order == "pre":
-        moments = column_moments(x) if options.batch_stats else None
-        for i in range(depth):
-            ends_unit = (i + 1) % layers == 0
-            if i + 1 == depth:
-                out = result
-            elif not keep:
-                out = x.new_empty((rows, width), dtype=x.dtype if ends_unit else options.dtype)
-            elif ends_unit:
-                out, used_stream = stream[used_stream], used_stream + 1
-            else:
-                out, used_inner = inner[used_inner], used_inner + 1
-            y, moments = layer.forward(
-                y, cast[i], entry(biases, i), norm=finish_norm(i, moments), residual=unit_input if ends_unit else None,
-                moments=i + 1 < depth and options.batch_stats, out=out, **act,
-            )  # fmt: skip
-            if ends_unit:
-                unit_input = y
-        return result, Kept(inner, stream, norms)
+    free_inner, free_stream = iter(inner), iter(stream)
+    moments = column_moments(x) if batch_stats else None
+    for i in range(key.depth):
+        ends_unit, last = (i + 1) % layers == 0, i + 1 == key.depth
+        if last:
+            out = result
+        elif not key.keep:
+            out = torch.empty_like(x, dtype=key.x if ends_unit else key.options.dtype)
+        else:
+            out = next(free_stream if ends_unit else free_inner)
+        y, moments = layer.forward(
+            y, weights[i], biases[i], norm=norms.finish(i, moments), residual=unit_input if ends_unit else None,
+            moments=batch_stats and not last, out=out, **act,
+        )  # fmt: skip
+        if ends_unit:
+            unit_input = y
+
+
+def _forward_post(
+    x: Tensor, result: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: _Norms,
+    inner: list[Tensor], stream: list[Tensor], key: _Key,
+) -> None:  # fmt: skip
+    layers = key.options.layers
+    layer, act = _setting(key)
+    y, unit_input = x, x
     norm: Tensor | None = None
-    for i in range(depth):
+    for i in range(key.depth):
         skip = h = None
         if i % layers == 0 and i > 0:
-            skip, h = unit_input, stream[i // layers - 1] if keep else torch.empty_like(x)
+            skip, h = unit_input, stream[i // layers - 1] if key.keep else torch.empty_like(x)
             unit_input = h
         y, moments = layer.forward(
-            y, cast[i], entry(biases, i), norm=norm, skip=skip, h=h, moments=options.batch_stats,
-            out=inner[i] if keep else None, **act,
+            y, weights[i], biases[i], norm=norm, skip=skip, h=h, moments=key.options.batch_stats,
+            out=inner[i] if key.keep else None, **act,
         )  # fmt: skip
-        norm = finish_norm(i, moments)
-    norm_activation(y, norms[depth - 1], skip=unit_input, out=result, **act)
-    return result, Kept(inner, stream, norms)
+        norm = norms.finish(i, moments)
+    norm_activation(y, norms.out[-1], skip=unit_input, out=result, **act)
 
 
 def stack_backward(
@@ -205,24 +334,68 @@ def stack_backward(
     need_x, need_weights
         Which of the gradients that cost a pass of their own are wanted; all by default.
     """
-    run = _backward_pre if options.order == "pre" else _backward_post
-    need_weights = [True] * len(weights) if need_weights is None else need_weights
-    return run(grad, x, _cast(weights, options.dtype), kept, options, need_x, need_weights)
+    (rows, width), depth = x.shape, len(weights)
+    need = (True,) * depth if need_weights is None else tuple(need_weights)
+    key = _Key(
+        x.device, _aligned(x, [grad], weights), rows, width, depth, options, 0.0, x.dtype, weights[0].dtype,
+        _needs_cast(weights, options.dtype), None, None, None, None, True, False, need_x, need,
+        *_choice(options, rows, width),
+    )  # fmt: skip
+    grads = StackGradients(
+        torch.empty_like(x) if need_x else None,
+        (x.new_empty if all(need) else x.new_zeros)((depth if any(need) else 0, width, width), dtype=torch.float32),
+        *(x.new_empty((depth, width), dtype=torch.float32) for _ in range(3)),
+    )
+    with torch.no_grad(), _on(x.device):
+        _backward_tape(key).play([grad, x, *kept, *weights, *(g for g in grads if g is not None)])
+    return grads
 
 
-def _empty_gradients(x: Tensor, depth: int) -> StackGradients:
-    width = x.shape[1]
-    weights = x.new_empty((depth, width, width), dtype=torch.float32)
-    return StackGradients(None, weights, *x.new_empty((3, depth, width), dtype=torch.float32))
+class _Gradients(NamedTuple):
+    """Stand-ins of :class:`StackGradients`, by layer."""
+
+    x: Tensor | None
+    weights: list[Tensor]
+    biases: list[Tensor]
+    norm_weights: list[Tensor]
+    norm_biases: list[Tensor]
+
+
+class _KeptLayers(NamedTuple):
+    """Stand-ins of :class:`Kept`, by layer."""
+
+    inner: list[Tensor]
+    stream: list[Tensor]
+    norms: list[Tensor]
+
+
+@functools.lru_cache(maxsize=128)
+def _backward_tape(key: _Key) -> Tape:
+    options, depth, square = key.options, key.depth, (key.width, key.width)
+    with Tape(key.device, key.aligned).recording() as tape:
+        grad, x = (tape.input((key.rows, key.width), key.x) for _ in range(2))
+        dtypes = (options.dtype, key.x, torch.float32)
+        kept = _KeptLayers(*(tape.unbind(tape.input(s, d)) for s, d in zip(_kept_shapes(key), dtypes, strict=True)))
+        weights = tape.inputs(depth, square, key.weight)
+        out = _Gradients(
+            tape.input((key.rows, key.width), key.x) if key.need_x else None,
+            tape.unbind(tape.input((depth if any(key.need_weights) else 0, *square), torch.float32)),
+            *(tape.unbind(tape.input((depth, key.width), torch.float32)) for _ in range(3)),
+        )
+        run = _backward_pre if options.order == "pre" else _backward_post
+        run(grad, x, _cast(tape, weights, key), kept, out, key)
+    return tape
+
+
+def _column_sums(out: Tensor, grad: Tensor) -> None:
+    torch.sum(grad, 0, dtype=torch.float32, out=out)
 
 
 def _backward_pre(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: Kept, options: StackOptions, need_x: bool,
-    need_weights: Sequence[bool],
-) -> StackGradients:  # fmt: skip
-    depth, layers = len(weights), options.layers
-    layer, act = _setting(options, *x.shape)
-    out = _empty_gradients(x, depth)
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: _Key
+) -> None:
+    depth, layers = key.depth, key.options.layers
+    layer, act = _setting(key)
     # The input of layer i: x, a unit's output, or a raw output inside a unit.
     raws = [
         (x if i == 0 else kept.stream[i // layers - 1]) if i % layers == 0 else kept.inner[i - i // layers - 1]
@@ -231,46 +404,44 @@ def _backward_pre(
     # g, with y and norm_grad: gradient at the activation of the layer above, whose BatchNorm is still to be passed.
     g, y, norm_grad, skip_grad = grad, None, None, None
     unit_grad = grad
-    torch.sum(grad, 0, dtype=torch.float32, out=out.biases[depth - 1])
+    call(_column_sums, out.biases[depth - 1], grad)
     first_bias = torch.empty_like(out.biases[0])  # where merge_gradients has no layer before to write to
     for i in reversed(range(depth)):
         raw, norm = raws[i], kept.norms[i]
         d, grad_y, tile_sums = layer.backward(
             g, weights[i], y=y, norm_grad=norm_grad, skip_grad=skip_grad, x=raw, norm=norm, **act
         )
-        if need_weights[i]:
-            layer.weight(grad_y, raw, norm=norm, dtype=options.dtype, out=out.weights[i], **act)
+        if key.need_weights[i]:
+            layer.weight(grad_y, raw, norm=norm, dtype=key.options.dtype, out=out.weights[i], **act)
         if (i + 1) % layers == 0:
             unit_grad, unit_sum = grad_y, out.biases[i]
         starts_unit = i % layers == 0
         assert tile_sums is not None
         *_, norm_grad = merge_gradients(
-            tile_sums, norm, x.shape[0], options.batch_stats, skip_sum=unit_sum if starts_unit else None,
+            tile_sums, norm, key.rows, key.options.batch_stats, skip_sum=unit_sum if starts_unit else None,
             out=(out.norm_weights[i], out.norm_biases[i], out.biases[i - 1] if i else first_bias),
         )  # fmt: skip
         g, y, skip_grad = d, raw, unit_grad if starts_unit else None
     assert y is not None
     assert norm_grad is not None
-    return out._replace(x=norm_backward(g, y, norm_grad, skip_grad=skip_grad) if need_x else None)
+    if out.x is not None:
+        norm_backward(g, y, norm_grad, skip_grad=skip_grad, out=out.x)
 
 
 def _backward_post(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: Kept, options: StackOptions, need_x: bool,
-    need_weights: Sequence[bool],
-) -> StackGradients:  # fmt: skip
-    depth, layers = len(weights), options.layers
-    layer, act = _setting(options, *x.shape)
-    out = _empty_gradients(x, depth)
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: _Key
+) -> None:
+    layers = key.options.layers
+    layer, act = _setting(key)
     inputs = [x, *kept.stream]
-    grad_x: Tensor | None = None
     tile_sums: Tensor | None
     d, tile_sums = norm_activation_backward(grad, kept.inner[-1], kept.norms[-1], skip=inputs[-1], **act)
     unit_d = d  # gradient inside the unit's last activation: it also goes over the skip
-    for i in reversed(range(depth)):
+    for i in reversed(range(key.depth)):
         y = kept.inner[i]
         assert tile_sums is not None
         *_, norm_grad = merge_gradients(
-            tile_sums, kept.norms[i], x.shape[0], options.batch_stats,
+            tile_sums, kept.norms[i], key.rows, key.options.batch_stats,
             out=(out.norm_weights[i], out.norm_biases[i], out.biases[i]),
         )  # fmt: skip
         before = {"x": kept.inner[i - 1], "norm": kept.norms[i - 1]} if i else {}
@@ -278,17 +449,16 @@ def _backward_post(
             d, grad_y, tile_sums = layer.backward(d, weights[i], y=y, norm_grad=norm_grad, **before, **act)
         elif i > 0:
             d, grad_y, tile_sums = layer.backward(
-                d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, skip=inputs[i // layers - 1], dtype=x.dtype,
+                d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, skip=inputs[i // layers - 1], dtype=key.x,
                 **before, **act,
             )  # fmt: skip
             unit_d = d
-        elif need_x:
-            grad_x, grad_y, _ = layer.backward(
-                d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, dtype=x.dtype, **act
+        elif out.x is not None:
+            _, grad_y, _ = layer.backward(
+                d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, dtype=key.x, out=out.x, **act
             )
         else:
             grad_y = norm_backward(d, y, norm_grad)
-        if need_weights[i]:
+        if key.need_weights[i]:
             source = {"x": inputs[i // layers]} if i % layers == 0 else before
-            layer.weight(grad_y, **source, dtype=options.dtype, out=out.weights[i], **act)
-    return out._replace(x=grad_x)
+            layer.weight(grad_y, **source, dtype=key.options.dtype, out=out.weights[i], **act)

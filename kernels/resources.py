@@ -180,7 +180,8 @@ _PASSES = (
 def compile_passes(capability: int, columns: int | None = None) -> dict[str, Resources]:
     """Compile every kernel without a product, by name; ``columns=1`` as launches of that width specialise it."""
     size: Any = "i32" if columns is None else columns
-    scalars = {"M": "i32", "N": size, "tiles": size, "splits": "i32", "size": size, "eps": "fp32", "slope": "fp32"}
+    scalars = {"M": "i32", "N": size, "tiles": size, "splits": "i32", "size": size}
+    scalars |= dict.fromkeys(("eps", "slope", "momentum"), "fp32")
     constants = {"ACTIVATION": "gelu", "BATCH_STATS": True, "TILE_ROWS": 64, "BLOCK_T": MERGE_BLOCK_T, "BLOCK": 1024}
     found = {}
     for kernel, block_m, block_n in _PASSES:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .activations import activate
 from .configurations import TileConfig, input_precision, weight_config
+from .launch import launch
 from .layer_forward import tile_order
 
 _DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -143,13 +144,14 @@ def weight_gradient(
     total = grad_y.new_empty((features, inner), dtype=torch.float32) if out is None else out
     partial = total if splits == 1 else total.new_empty((splits, features, inner))
     grid = (triton.cdiv(features, config.block_m) * triton.cdiv(inner, config.block_n), splits)
-    _weight_gradient_kernel[grid](
-        grad_y, x, norm, partial, rows, features, inner, split_rows, negative_slope,
+    launch(
+        _weight_gradient_kernel, grid, grad_y, x, norm, partial, rows, features, inner, split_rows, negative_slope,
         ACTIVATION=activation, DOT_TYPE=_DOT_TYPES[dtype], PRECISION=input_precision(dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        options=config.options,
     )  # fmt: skip
     if splits > 1:
         size = features * inner
-        _sum_splits_kernel[(triton.cdiv(size, 1024),)](partial, total, splits, size, BLOCK=1024, num_warps=4)
+        blocks = triton.cdiv(size, 1024)
+        launch(_sum_splits_kernel, (blocks,), partial, total, splits, size, BLOCK=1024, options={"num_warps": 4})
     return total

@@ -48,7 +48,10 @@ std::vector<bool> flags(const c10::List<bool>& list) {
 }
 
 Shape make_shape(const at::Tensor& x, size_t layers, int64_t layers_per_unit, std::string_view order, std::string_view activation,
-                 double slope, bool bf16) {
+                 double slope, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16,
+                   "residual_stack: dtype must be float32 or bfloat16 on the CPU, got ", dtype);
+  const bool bf16 = dtype == at::kBFloat16;
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, "residual_stack: x must have shape [batch, features], got ", x.sizes());
   TORCH_CHECK_TYPE(x.device().is_cpu() && (x.scalar_type() == at::kFloat || (bf16 && x.scalar_type() == at::kBFloat16)),
                    "residual_stack: x must be float32 (or, for bf16 products, bfloat16) on the CPU, got ", x.scalar_type(), " on ",
@@ -72,8 +75,8 @@ Shape make_shape(const at::Tensor& x, size_t layers, int64_t layers_per_unit, st
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_stack(
     const at::Tensor& x, Tensors weights, Tensors biases, Tensors gammas, Tensors betas, Tensors running_means,
     Tensors running_vars, int64_t layers_per_unit, std::string_view order, std::string_view activation, double negative_slope,
-    double eps, bool batch_statistics, bool bf16, bool keep) {
-  const Shape shape = make_shape(x, weights.size(), layers_per_unit, order, activation, negative_slope, bf16);
+    double eps, bool batch_statistics, at::ScalarType dtype, bool keep) {
+  const Shape shape = make_shape(x, weights.size(), layers_per_unit, order, activation, negative_slope, dtype);
   const std::vector<int64_t> column{shape.width}, square{shape.width, shape.width};
   check_list("weights", weights, weights.size(), square, false);
   check_list("biases", biases, weights.size(), column, true);
@@ -93,9 +96,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_stack(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_stack_backward(
     const at::Tensor& gradient, const at::Tensor& x, Tensors weights, Tensors gammas, Tensors betas, const at::Tensor& inner,
     const at::Tensor& stream, const at::Tensor& statistics, int64_t layers_per_unit, std::string_view order,
-    std::string_view activation, double negative_slope, bool batch_statistics, bool bf16, bool need_x,
+    std::string_view activation, double negative_slope, bool batch_statistics, at::ScalarType dtype, bool need_x,
     const c10::List<bool>& need_weights, const c10::List<bool>& need_biases, const c10::List<bool>& need_norms) {
-  const Shape shape = make_shape(x, weights.size(), layers_per_unit, order, activation, negative_slope, bf16);
+  const Shape shape = make_shape(x, weights.size(), layers_per_unit, order, activation, negative_slope, dtype);
   const std::vector<int64_t> column{shape.width}, square{shape.width, shape.width};
   check_list("weights", weights, weights.size(), square, false);
   check_list("norm_weights", gammas, weights.size(), column, true);

@@ -1,247 +1,36 @@
-"""``residual_stack``: a run of residual units of one width, forward and backward, as one op.
+"""``residual_stack``: which call runs on which kernels, and what is left to plain PyTorch.
 
-With ``B`` rows, width ``W``, ``L`` linear layers in ``N`` units, and ``Wp`` = W rounded up to a multiple of 32:
-
-===============  ======================  =============================================================================
-tensor           shape                   stored between forward and backward
-===============  ======================  =============================================================================
-x, out           [B, W]                  ``x`` as it is; ``out`` is not needed again
-inner            [*, B, W]               raw outputs inside units (``pre``: L - N; ``post``: L), in the products' dtype
-stream           [N - 1, B, W]           what the units pass on, but for the last; in the dtype of ``x``
-statistics       [L, 3, Wp] fp32         mean, 1 / sqrt(var + eps) and unbiased variance of each BatchNorm
-parameters       L x [W, W], L x [W]     saved as they are
-activations      [B, W] each             never written: the backward computes them again
-===============  ======================  =============================================================================
-
-Eager PyTorch keeps three ``[B, W]`` tensors a layer. Layers in this file, to be read apart: schema and fakes, autograd,
-the test of whether the kernels cover a call, the function that :mod:`rvae_fast.nn` calls. The native kernels are in
-``csrc/cpu/stack_*.cpp``; whatever they do not cover (other dtypes and devices, dropout, norms that differ within a
-stack) runs in plain PyTorch, :func:`rvae_fast.reference.residual_unit`.
+The function at the end is what :mod:`rvae_fast.nn` calls. The op itself (schema, fakes, autograd) is in
+:mod:`.residual_stack_op`, what Triton covers in :mod:`.residual_stack_triton`; what no kernel covers (fp64, dropout,
+norms that differ within a stack) runs through :func:`rvae_fast.reference.residual_unit`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rvae_fast import _backend, _native, reference
+from rvae_fast import _backend
+from rvae_fast.ops import residual_stack_triton as triton_kernels
+from rvae_fast.ops.residual_stack_op import _ResidualStack, define, library, run_reference
 
-# --- schema, fakes ---
-
-_library = torch.library.Library("rvae_fast", "FRAGMENT")
-_library.define(
-    "residual_stack(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norm_weights, Tensor[] norm_biases, "
-    "Tensor[] running_means, Tensor[] running_vars, int layers, str order, str activation, float negative_slope, "
-    "float eps, bool batch_stats, bool bf16, bool keep) -> (Tensor out, Tensor inner, Tensor stream, Tensor statistics)"
-)
-_library.define(
-    "residual_stack_backward(Tensor gradient, Tensor x, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
-    "Tensor inner, Tensor stream, Tensor statistics, int layers, str order, str activation, float negative_slope, "
-    "bool batch_stats, bool bf16, bool need_x, bool[] need_weights, bool[] need_biases, bool[] need_norms) "
-    "-> (Tensor x, Tensor weights, Tensor biases, Tensor norm_weights, Tensor norm_biases)"
-)
-
-_forward_op = torch.ops.rvae_fast.residual_stack.default
-_backward_op = torch.ops.rvae_fast.residual_stack_backward.default
-
-_native.is_available()  # loads the kernels
+_OP = define("residual_stack")
+triton_kernels.register(library, "residual_stack", "CUDA")
 _HAS_KERNELS: bool = torch._C._dispatch_has_kernel_for_dispatch_key("rvae_fast::residual_stack", "CPU")
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {"native": ("cpu",)} if _HAS_KERNELS else {}
+_IMPLEMENTED["triton"] = ("cuda",)
+_TRITON_OPS = {"cuda": _OP}
+if triton_kernels.INTERPRETED:
+    _TRITON_OPS["cpu"] = define("residual_stack_interpreted", triton=True)
+    triton_kernels.register(library, "residual_stack_interpreted", "CPU")
+    _IMPLEMENTED["triton"] = ("cuda", "cpu")
 
 #: Whether the native kernels have bf16 products on this machine (AVX512_BF16 or AMX); they are tried once, at import.
 HAS_BF16_PRODUCTS: bool = _HAS_KERNELS and torch.ops.rvae_fast.cpu_has_bf16_products()
-
-
-@torch.library.register_fake("rvae_fast::residual_stack", lib=_library)
-def _fake_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    norm_weights: list[Tensor],
-    norm_biases: list[Tensor],
-    running_means: list[Tensor],
-    running_vars: list[Tensor],
-    layers: int,
-    order: str,
-    activation: str,
-    negative_slope: float,
-    eps: float,
-    batch_stats: bool,
-    bf16: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, width = x.shape
-    units = len(weights) // layers
-    inner = len(weights) - units if order == "pre" else len(weights)
-    return (
-        x.new_empty((rows, width)),
-        x.new_empty((inner if keep else min(inner, 1), rows, width), dtype=torch.bfloat16 if bf16 else torch.float32),
-        x.new_empty((units - 1 if keep else 0, rows, width)),
-        x.new_empty((len(weights), 3, -(-width // 32) * 32), dtype=torch.float32),
-    )
-
-
-@torch.library.register_fake("rvae_fast::residual_stack_backward", lib=_library)
-def _fake_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weights: list[Tensor],
-    norm_weights: list[Tensor],
-    norm_biases: list[Tensor],
-    inner: Tensor,
-    stream: Tensor,
-    statistics: Tensor,
-    layers: int,
-    order: str,
-    activation: str,
-    negative_slope: float,
-    batch_stats: bool,
-    bf16: bool,
-    need_x: bool,
-    need_weights: list[bool],
-    need_biases: list[bool],
-    need_norms: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    count, width = len(weights), x.shape[1]
-
-    def columns(needs: list[bool]) -> Tensor:
-        return x.new_empty((count if any(needs) else 0, width), dtype=torch.float32)
-
-    return (
-        x.new_empty((x.shape[0] if need_x else 0, width)),
-        x.new_empty((count if any(need_weights) else 0, width, width), dtype=torch.float32),
-        columns(need_biases),
-        columns(need_norms),
-        columns(need_norms),
-    )
-
-
-# --- autograd ---
-#
-# Parameters come as four lists in the order of the schema (weights, biases, norm_weights, norm_biases), whole or empty.
-
-_Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-_Flags = tuple[list[bool], list[bool], list[bool], list[bool]]
-_Gradients = tuple[Tensor | None, list[list[Tensor | None]]]
-
-
-def _gradients(
-    gradient: Tensor,
-    x: Tensor,
-    parameters: _Lists,
-    kept: tuple[Tensor, Tensor, Tensor],
-    options: tuple[int, str, str, float, bool, bool],
-    need_x: bool,
-    needs: _Flags,
-) -> _Gradients:
-    weights, _, norm_weights, norm_biases = parameters
-    count = len(weights)
-    need_norms = [bool(a or b) for a, b in zip(needs[2] or [False] * count, needs[3] or [False] * count, strict=True)]
-    grad_x, *grads = _backward_op(
-        gradient, x, weights, norm_weights, norm_biases, *kept, *options,
-        need_x, needs[0], needs[1] or [False] * count, need_norms,
-    )  # fmt: skip
-    split: list[list[Tensor | None]] = []
-    for need, grad in zip(needs, grads, strict=True):
-        parts = grad.unbind(0) if any(need) else (None,) * len(need)
-        split.append([part if wanted else None for wanted, part in zip(need, parts, strict=True)])
-    return (grad_x if need_x else None), split
-
-
-def _differentiable_gradients(
-    gradient: Tensor,
-    x: Tensor,
-    parameters: _Lists,
-    running: tuple[list[Tensor], list[Tensor]],
-    options: tuple[int, str, str, float, bool, bool],
-    eps: float,
-    need_x: bool,
-    needs: _Flags,
-) -> _Gradients:
-    """The same through the reference, for gradients that will be differentiated themselves (``create_graph=True``)."""
-    layers, order, activation, slope, batch_stats, bf16 = options
-    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        # Aliases: a parameter that is in the stack twice has a gradient at each place.
-        x = x.view_as(x)
-        lists = [[p.view_as(p) for p in tensors] for tensors in parameters]
-        out = _reference(
-            x,
-            [*lists, *(([], []) if batch_stats else running)],
-            layers=layers, order=order, activation=activation, negative_slope=slope, eps=eps,
-            momentum=[0.0] * len(lists[0]), batch_stats=[batch_stats] * len(lists[0]), dropout=0.0,
-        )  # fmt: skip
-    flat = [(p, n) for ps, need in zip(lists, needs, strict=True) for p, n in zip(ps, need, strict=True)]
-    wanted = [x] * need_x + [p for p, needed in flat if needed]
-    grads = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True, allow_unused=True))
-    grad_x = next(grads) if need_x else None
-    return grad_x, [[next(grads) if n else None for n in need] for need in needs]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, *lists = inputs[:7]
-    layers, order, activation, slope, ctx.eps, batch_stats, bf16, _ = inputs[7:]
-    if batch_stats:
-        lists[4:] = [], []
-    ctx.options = (layers, order, activation, slope, batch_stats, bf16)
-    ctx.counts = [len(tensors) for tensors in lists]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, *output[1:], *(t for tensors in lists for t in tensors))
-
-
-def _run_backward(ctx: Any, gradient: Tensor | None, need_x: bool, needs: _Flags) -> _Gradients:
-    if gradient is None:
-        return None, [[None] * len(need) for need in needs]
-    x, inner, stream, statistics, *tensors = ctx.saved_tensors
-    lists: list[list[Tensor]] = []
-    for count in ctx.counts:
-        lists.append(tensors[:count])
-        tensors = tensors[count:]
-    parameters = (lists[0], lists[1], lists[2], lists[3])
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable_gradients(
-            gradient, x, parameters, (lists[4], lists[5]), ctx.options, ctx.eps, need_x, needs
-        )
-    return _gradients(gradient, x, parameters, (inner, stream, statistics), ctx.options, need_x, needs)
-
-
-def _needs(ctx: Any, flags: Sequence[bool]) -> _Flags:
-    split, start = [], 0
-    for count in ctx.counts[:4]:
-        split.append([bool(flag) for flag in flags[start : start + count]])
-        start += count
-    return split[0], split[1], split[2], split[3]
-
-
-def _op_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    flags = [flag for needs in ctx.needs_input_grad[1:5] for flag in needs]
-    grad_x, grads = _run_backward(ctx, gradient, ctx.needs_input_grad[0], _needs(ctx, flags))
-    return (grad_x, *grads, [None] * len(ctx.needs_input_grad[5]), [None] * len(ctx.needs_input_grad[6]), *(None,) * 8)
-
-
-# Differentiates the op itself, for graphs (torch.compile, torch.export) and for callers of torch.ops.
-torch.library.register_autograd("rvae_fast::residual_stack", _op_backward, setup_context=_save, lib=_library)
-
-
-class _ResidualStack(torch.autograd.Function):
-    """The same for eager calls, which need not pay for the op's generated autograd layer."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: tuple[Any, ...], x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _forward_op(x, *inputs)
-        _save(ctx, (x, *inputs), output)
-        return output[0], output[3]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        needs = _needs(ctx, ctx.needs_input_grad[2:])
-        grad_x, grads = _run_backward(ctx, gradient, ctx.needs_input_grad[1], needs)
-        return (None, grad_x, *(grad for part in grads for grad in part))
-
 
 # --- what the kernels cover ---
 
@@ -252,36 +41,77 @@ def _whole(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
     return there if len(there) in (0, len(tensors)) else None
 
 
-def _autocast_bf16(x: Tensor) -> bool | None:
-    """Whether products are to run in bf16; None where the combination of dtypes is the reference's business."""
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _native_dtype(x: Tensor, lists: Sequence[Sequence[Tensor]]) -> torch.dtype | str:
+    """The dtype of the products on the native kernels, or why they do not cover the call."""
+    dtype = torch.float32
     if torch.is_autocast_enabled("cpu"):
-        if torch.get_autocast_dtype("cpu") != torch.bfloat16 or x.dtype not in (torch.float32, torch.bfloat16):
-            return None
-        return True if HAS_BF16_PRODUCTS else None
-    return False if x.dtype == torch.float32 else None
+        dtype = torch.get_autocast_dtype("cpu")
+        if dtype != torch.bfloat16 or x.dtype not in (torch.float32, torch.bfloat16):
+            return f"rows of {x.dtype} under autocast to {dtype}"
+        if not HAS_BF16_PRODUCTS:
+            return "products in bfloat16 on this CPU"
+    elif x.dtype != torch.float32:
+        return f"rows of {x.dtype}"
+    if not all(t.dtype == torch.float32 and t.device == x.device for tensors in lists for t in tensors):
+        return "parameters and buffers that are not float32 on the CPU"
+    return dtype
 
 
-def _reference(
-    x: Tensor,
-    lists: Sequence[Sequence[Tensor | None]],
-    *,
-    layers: int,
-    momentum: Sequence[float],
-    batch_stats: Sequence[bool],
-    **options: Any,
-) -> Tensor:
-    def part(values: Sequence[Any], start: int) -> Sequence[Any]:
-        return values[start : start + layers] if values else [None] * layers
+def _triton_dtype(x: Tensor, lists: Sequence[Sequence[Tensor]], batch_stats: bool) -> torch.dtype | str:
+    """The same for the Triton kernels."""
+    dtype = triton_kernels.products_dtype(x)
+    if isinstance(dtype, str):
+        return dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return triton_kernels.why_not(x, lists, dtype, batch_stats, autocast) or dtype
 
-    for start in range(0, len(momentum), layers):
-        x = reference.residual_unit(
-            x,
-            *(part(tensors, start) for tensors in lists),
-            momentum=part(momentum, start),
-            batch_stats=part(batch_stats, start),
-            **options,
+
+def _choose(
+    x: Tensor, lists: Sequence[list[Tensor] | None], batch_stats: Sequence[bool], dropout: float
+) -> tuple[str, torch.dtype]:
+    """The backend of a call, by name, and the dtype of its products.
+
+    The rules in order: calls that are an error or have nothing to do, what no kernel does, what each leaves out.
+    """
+    name = _backend.choose("residual_stack", x.device.type, _IMPLEMENTED)
+    if name == "reference":
+        return name, x.dtype
+    chosen: torch.dtype | str
+    whole = [tensors for tensors in lists if tensors is not None]
+    if x.shape[0] <= int(batch_stats[0]):
+        return "reference", x.dtype  # which raises what PyTorch raises, or has nothing to do
+    if dropout > 0:
+        chosen = "dropout"
+    elif len(whole) < len(lists):
+        chosen = "layers of which some have a bias, weight or buffer and some have not"
+    elif len(set(batch_stats)) > 1:
+        chosen = "norms of which some take the statistics of the batch and some do not"
+    elif not torch.compiler.is_compiling() and _transformed():
+        chosen = "transforms of torch.func and forward-mode AD"
+    elif name == "native":
+        chosen = _native_dtype(x, whole)
+    else:
+        chosen = _triton_dtype(x, whole, batch_stats[0])
+    if isinstance(chosen, torch.dtype):
+        return name, chosen
+    if name == "triton" and _backend.current_backend() == "triton":
+        raise RuntimeError(
+            f"residual_stack: backend 'triton' was asked for and does not cover {chosen}; use backend('auto') or "
+            f"backend('reference')"
         )
-    return x
+    return "reference", x.dtype
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _can_skip_dispatch(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing listens between a call of the op and its implementation: no subclass, no dispatch mode."""
+    return torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, tensors))
 
 
 def _update_running(
@@ -289,6 +119,7 @@ def _update_running(
 ) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, layer by layer: shared norms see each in turn."""
     with torch.no_grad():
+        statistics = statistics.to(running_means[0].dtype)
         means, variances = statistics[:, 0, :width].unbind(0), statistics[:, 2, :width].unbind(0)
         distinct = len({id(t) for t in running_means}) == len(running_means)
         if distinct and len(set(momentum)) == 1:
@@ -359,45 +190,38 @@ def residual_stack(
     Notes
     -----
     The native kernels run for fp32 parameters and fp32 rows, or under CPU autocast in bf16 (then products and the
-    tensors inside units are bf16; statistics, parameters and their gradients fp32). The plain PyTorch implementation
-    serves everything else: fp64, other devices, dropout, norms that differ within the stack, transforms of
-    ``torch.func``, forward-mode AD, and gradients of gradients.
+    tensors inside units are bf16; statistics, parameters and their gradients fp32). The Triton kernels run for fp32,
+    bf16 and fp16 rows with parameters of the same dtype (BatchNorms also in fp32) and under autocast to bf16 or fp16;
+    fp32 products follow ``torch.backends.cuda.matmul`` (TF32 or IEEE). The plain PyTorch implementation serves
+    everything else: fp64, other devices, dropout, norms that differ within the stack, transforms of ``torch.func``,
+    forward-mode AD, and gradients of gradients. Asked for by name, the Triton kernels raise instead.
     """
-    options: dict[str, Any] = {"order": order, "activation": activation, "negative_slope": negative_slope, "eps": eps}
-    whole = [_whole(ts) for ts in (biases, norm_weights, norm_biases, running_means, running_vars)]
-    bf16 = _autocast_bf16(x) if x.device.type == "cpu" else None
-    native = (
-        _backend.choose("residual_stack", x.device.type, _IMPLEMENTED) == "native"
-        and bf16 is not None
-        and dropout == 0.0
-        and all(tensors is not None for tensors in whole)
-        and len(set(batch_stats)) == 1
-        and x.shape[0] > int(batch_stats[0])
-        and all(t.dtype == torch.float32 and t.device == x.device for ts in (weights, *whole) for t in ts or ())
-        and (torch.compiler.is_compiling() or not _transformed())
-    )
-    if not native:
-        return _reference(
-            x,
-            (weights, biases, norm_weights, norm_biases, running_means, running_vars),
-            layers=layers,
-            momentum=momentum,
-            batch_stats=batch_stats,
+    lists = [_whole(ts) for ts in (weights, biases, norm_weights, norm_biases, running_means, running_vars)]
+    name, dtype = _choose(x, lists, batch_stats, dropout)
+    if name == "reference":
+        return run_reference(
+            x, (weights, biases, norm_weights, norm_biases, running_means, running_vars), layers=layers, order=order,
+            activation=activation, negative_slope=negative_slope, eps=eps, momentum=momentum, batch_stats=batch_stats,
             dropout=dropout,
-            **options,
-        )
-    lists = [list(weights), *(tensors or [] for tensors in whole)]
-    parameters = [p for tensors in lists[:4] for p in tensors]
+        )  # fmt: skip
+    whole: Any = lists
+    parameters = [p for tensors in whole[:4] for p in tensors]
     keep = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
-    inputs = (*lists, layers, order, activation, float(negative_slope), float(eps), batch_stats[0], bool(bf16), keep)
+    options = (layers, order, activation, float(negative_slope), float(eps), batch_stats[0], dtype, keep)
+    kernels = _OP
+    update = bool(batch_stats[0] and whole[4])
+    if name == "triton":
+        kernels = _TRITON_OPS[x.device.type]
+        x = x.contiguous()
+        if not torch.compiler.is_compiling() and _can_skip_dispatch([x, *parameters]):
+            kernels = triton_kernels.DIRECT
+            if update:
+                kernels = kernels._replace(forward=functools.partial(kernels.forward, momentum=momentum))
+                update = False
     if keep and not torch.compiler.is_compiling():
-        out, statistics = _ResidualStack.apply(inputs, x, *parameters)
+        out, statistics = _ResidualStack.apply(kernels, (*whole, *options), x, *parameters)
     else:
-        out, _, _, statistics = _forward_op(x, *inputs)
-    if batch_stats[0] and lists[4]:
-        _update_running(lists[4], lists[5], statistics, momentum, x.shape[1])
+        out, _, _, statistics = kernels.forward(x, *whole, *options)
+    if update:
+        _update_running(whole[4], whole[5], statistics, momentum, x.shape[1])
     return out
-
-
-def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

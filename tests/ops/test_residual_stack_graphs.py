@@ -57,7 +57,7 @@ def test_gradcheck(order: str, training: bool) -> None:
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def op_arguments(order: str, batch_stats: bool, bf16: bool = False, grad: bool = True) -> tuple[Any, ...]:
+def op_arguments(order: str, batch_stats: bool, grad: bool = True) -> tuple[Any, ...]:
     stack = make(33, 2, order=order)
     norms = [norm for block in stack for norm in block.norms]
     linears = [linear for block in stack for linear in block.linears]
@@ -69,7 +69,7 @@ def op_arguments(order: str, batch_stats: bool, bf16: bool = False, grad: bool =
         lists = [[p.detach() for p in ps] for ps in lists]
     x = torch.randn(20, 33, requires_grad=grad)
     state = [[norm.running_mean for norm in norms], [norm.running_var for norm in norms]]
-    return (x, *lists, *state, 2, order, "gelu", 0.01, 1e-5, batch_stats, bf16, True)
+    return (x, *lists, *state, 2, order, "gelu", 0.01, 1e-5, batch_stats, torch.float32, True)
 
 
 @pytest.mark.usefixtures("native")
@@ -97,7 +97,7 @@ class TestOp:
                 "gelu",
                 0.01,
                 batch_stats,
-                False,
+                torch.float32,
                 True,
                 *needs,
             ),
