@@ -51,7 +51,10 @@ class BufferGuard:
         """Take the buffers as they are, unless ``blocked`` (a scalar on their device) is non-zero."""
         for i, buffers in enumerate(self._buffers):
             flat = self._join(buffers)
-            self._flat[i] = flat if blocked is None else torch.where(blocked != 0, self._flat[i], flat)
+            if blocked is None:
+                self._flat[i] = flat
+            else:  # in place: a captured step must find it again
+                self._flat[i].copy_(torch.where(blocked != 0, self._flat[i], flat))
 
     def restore(self) -> None:
         """Put the buffers back as they were at the last :meth:`save`."""

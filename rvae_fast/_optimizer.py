@@ -55,12 +55,13 @@ class Optimizer:
         return torch.linalg.vector_norm(torch.stack(norms))
 
     @torch.no_grad()
-    def step(self, learning_rate: float, norm: Tensor, blocked: Tensor | None = None) -> None:
+    def step(self, learning_rate: float | Tensor, norm: Tensor, blocked: Tensor | None = None) -> None:
         """Update the parameters that have a gradient, clipped to ``max_grad_norm``.
 
         Parameters
         ----------
-        learning_rate : float
+        learning_rate : float or Tensor [] float32
+            A tensor on the parameters' device is read there, so that a captured step follows it.
         norm : Tensor []
             From :meth:`norm`.
         blocked : Tensor [] float32, optional
@@ -75,7 +76,7 @@ class Optimizer:
             scale = None
         if not self.fused:
             if blocked is None or not bool(blocked):
-                self._unfused(learning_rate)
+                self._unfused(float(learning_rate))
             return
         missing = [i for i, p in enumerate(self.parameters) if p.grad is None]
         taken = 1.0 if blocked is None else 1.0 - blocked
@@ -95,7 +96,7 @@ class Optimizer:
                     [self._exp_avg_sq[i] for i in group],
                     [],
                     [self._step[i] for i in group],
-                    lr=learning_rate,
+                    lr=learning_rate,  # type: ignore[arg-type]
                     beta1=config.betas[0],
                     beta2=config.betas[1],
                     weight_decay=config.weight_decay,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rvae_fast import _rng
+from rvae_fast._graphs import StepGraph
 from rvae_fast._history import STEP_COLUMNS, History
 from rvae_fast._nonfinite import ActivationWatch, BufferGuard, NonFiniteError, find_in_rows, non_finite_weight
 from rvae_fast._optimizer import Optimizer
@@ -18,12 +20,19 @@ from rvae_fast._schedule import Schedule
 Group = list[tuple[int, int]]
 
 
+def _rows(group: Group) -> int:
+    return group[-1][1] - group[0][0]
+
+
 class Stepper:
     """Takes optimiser steps and writes them to a history.
 
     Loss and norm are read from the device every ``sync_every`` steps. Between two readings a non-finite value raises a
     flag on the device that stays up and makes every later update, and every later copy of the buffers, do nothing; so
     when the reading finds it, weights and statistics are those from before the bad step.
+
+    With a ``graph``, steps on batches of ``graph_sizes`` rows may run as a CUDA graph. All that such a step reads lies
+    in tensors that stay where they are: the rows of its batches, learning rate and KL weight, flag and buffers.
     """
 
     def __init__(
@@ -36,16 +45,29 @@ class Stepper:
         seed: int,
         precision: str,
         sync_every: int,
+        graph: StepGraph | None = None,
+        graph_sizes: Sequence[int] = (),
     ) -> None:
         self.model, self.rows, self.schedule, self.history = model, rows, schedule, history
         self.seed, self.precision, self.sync_every = seed, precision, sync_every
-        self.optimizer = Optimizer([p for p in model.parameters() if p.requires_grad], schedule.config)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = Optimizer(parameters, schedule.config)
         self.guard = BufferGuard(model)
         self.order = torch.empty(0, dtype=torch.int64)
         #: True while an update is half made; if a run is broken off there, its state must not be saved.
         self.torn = False
         self._blocked = torch.zeros((), device=rows.device)
         self._pending: list[tuple[int, Group, Tensor]] = []
+        self._graph, self._graph_sizes = graph, list(graph_sizes)
+        self._inputs: list[Tensor] = []
+        # On CUDA devices these are tensors in eager steps too, so that both ways give the same bits.
+        self._immediate = sync_every == 1 and graph is None and rows.device.type != "cuda"
+        self._learning_rate: Tensor | None = None
+        self._kld_weight: Tensor | None = None
+        if graph is not None or rows.device.type == "cuda":
+            wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+            self._learning_rate = torch.zeros((), device=rows.device)
+            self._kld_weight = torch.zeros((), dtype=wide, device=rows.device)
 
     def step(self, step: int, group: Group) -> None:
         """Optimiser step ``step`` (from 0) on batches ``group`` of :attr:`order`.
@@ -55,29 +77,70 @@ class Stepper:
         NonFiniteError
         """
         try:
-            record, norm = self._gradient(step, group)
+            if self._immediate:
+                self._immediate_step(step, group)
+            else:
+                self._pending.append((step, group, self._deferred_step(step, group)))
         except BaseException:
-            self.guard.restore()
+            if not self.torn:  # in the forward or backward pass: the buffers may have moved, nothing else
+                self.guard.restore()
             raise
-        learning_rate = self.schedule.learning_rate(step)
-        if self.sync_every == 1:
-            values = record.tolist()
-            if not all(map(math.isfinite, values)):
-                self._fail(step, group, values)
-            self.torn = True
-            self.optimizer.step(learning_rate, norm)
-            self.guard.save()
-            self.history.append_steps([values])
-            self.torn = False
-            return
-        self.torn = True
-        self._blocked = torch.maximum(self._blocked, (~torch.isfinite(record)).any().float())
-        self.optimizer.step(learning_rate, norm, self._blocked)
-        self.guard.save(self._blocked)
-        self._pending.append((step, group, record))
-        self.torn = False
         if len(self._pending) >= self.sync_every:
             self.read()
+
+    def _immediate_step(self, step: int, group: Group) -> None:
+        self._reseed(step)
+        record, norm = self._gradient(self._batches(group), _rows(group), self.schedule.kld_weight(step))
+        values = record.tolist()
+        if not all(map(math.isfinite, values)):
+            self._fail(step, group, values)
+        self.torn = True
+        self.optimizer.step(self.schedule.learning_rate(step), norm)
+        self.guard.save()
+        self.history.append_steps([values])
+        self.torn = False
+
+    def _deferred_step(self, step: int, group: Group) -> Tensor:
+        """A step that the host need not wait for; returns its record."""
+        learning_rate: float | Tensor = self.schedule.learning_rate(step)
+        kld_weight: float | Tensor = self.schedule.kld_weight(step)
+        if self._learning_rate is not None and self._kld_weight is not None:
+            learning_rate = self._learning_rate.fill_(learning_rate)
+            kld_weight = self._kld_weight.fill_(kld_weight)
+        n = _rows(group)
+        if self._graph is not None and [stop - start for start, stop in group] == self._graph_sizes:
+            if not self._inputs:
+                width, dtype = self.rows.n_features, self.rows.dtype
+                self._inputs = [self._blocked.new_empty((size, width), dtype=dtype) for size in self._graph_sizes]
+            for static, x in zip(self._inputs, self._batches(group), strict=True):
+                static.copy_(x)
+            record = self._graph.run(
+                lambda: self._reseed(step), lambda: self._update(self._inputs, n, learning_rate, kld_weight)
+            )
+        else:
+            self._reseed(step)
+            record = self._update(self._batches(group), n, learning_rate, kld_weight)
+        self.torn = False
+        return record
+
+    def _update(
+        self, inputs: Iterable[Tensor], n: int, learning_rate: float | Tensor, kld_weight: float | Tensor
+    ) -> Tensor:
+        """Gradient and update, decided on the device, all of it in place; what a graph holds."""
+        record, norm = self._gradient(inputs, n, kld_weight)
+        self.torn = True
+        self._blocked.copy_(torch.maximum(self._blocked, (~torch.isfinite(record)).any().float()))
+        self.optimizer.step(learning_rate, norm, self._blocked)
+        self.guard.save(self._blocked)
+        return record
+
+    def _reseed(self, step: int) -> None:
+        _rng.reseed(self.rows.device, _rng.derive(self.seed, "step", step))
+
+    def _batches(self, group: Group) -> Iterator[Tensor]:
+        """The rows of each batch, valid until the next one is asked for."""
+        for start, stop in group:
+            yield self.rows.gather(self.order[start:stop])
 
     def read(self) -> None:
         """Bring the record up to date with the device.
@@ -97,15 +160,12 @@ class Stepper:
             step, group, _ = pending[good]
             self._fail(step, group, rows[good])
 
-    def _gradient(self, step: int, group: Group) -> tuple[Tensor, Tensor]:
-        """Gradients of the group's mean loss; the step's record ``[4]`` and the gradient norm."""
-        _rng.reseed(self.rows.device, _rng.derive(self.seed, "step", step))
+    def _gradient(self, inputs: Iterable[Tensor], n: int, kld_weight: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss over ``n`` rows in all; the step's record ``[4]`` and the gradient norm."""
         self.optimizer.zero_grad()
-        kld_weight = self.schedule.kld_weight(step)
-        n = group[-1][1] - group[0][0]
         total: list[Tensor] = []
-        for start, stop in group:
-            error, kld = self._terms(self.rows.gather(self.order[start:stop]))
+        for x in inputs:
+            error, kld = self._terms(x)
             # Sums over n, not means over batches: a shorter last batch weighs what its rows weigh.
             error, kld = error.sum() / n, kld.sum() / n
             loss = error + kld_weight * kld
@@ -141,10 +201,10 @@ class Stepper:
         """Run the step again, random numbers and all, and say where the first non-finite value is."""
         if (name := non_finite_weight(self.model)) is not None:
             return name, "the weights themselves are not finite; is the learning rate too high?"
-        _rng.reseed(self.rows.device, _rng.derive(self.seed, "step", step))
+        self._reseed(step)
         self.optimizer.zero_grad()
         kld_weight = self.schedule.kld_weight(step)
-        n = group[-1][1] - group[0][0]
+        n = _rows(group)
         for start, stop in group:
             index = self.order[start:stop]
             x = self.rows.gather(index)

@@ -75,6 +75,12 @@ class TrainingConfig:
         Steps between readings of loss and gradient norm from the device. None means every step on the CPU, where it
         costs nothing, and every 50 elsewhere. A non-finite value blocks every later update on the device itself, so the
         interval changes when an error is raised, never which weights are kept.
+    cuda_graph : {"auto", True, False}, default "auto"
+        Run optimiser steps as one CUDA graph: hundreds of kernels in one launch, which pays where the network is deep
+        and the batches small. ``"auto"`` takes the first steps eagerly, the next by a graph, and keeps the faster way;
+        a step that cannot be captured stays eager, with a warning. True captures or fails. Batches of another size (an
+        epoch's last) always run eagerly. The numbers are those of eager steps. Elsewhere than on CUDA devices
+        ``"auto"`` means False and True is an error.
 
     Raises
     ------
@@ -108,6 +114,7 @@ class TrainingConfig:
     checkpoint_every: int = 1
     checkpoint_unit: str = "epochs"
     sync_every: int | None = None
+    cuda_graph: bool | str = "auto"
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -139,6 +146,8 @@ class TrainingConfig:
         for name in ("restore_best", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.cuda_graph, bool) and self.cuda_graph != "auto":
+            raise ValueError(f"cuda_graph must be 'auto', True or False, got {self.cuda_graph!r}")
         put("device", str(self.device))
         if self.checkpoint is not None:
             if not isinstance(self.checkpoint, (str, os.PathLike)) or not os.fspath(self.checkpoint):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rvae_fast import _checkpoint, _rng
 from rvae_fast._checkpoint import CheckpointError
+from rvae_fast._graphs import step_graph
 from rvae_fast._history import History
 from rvae_fast._interrupt import DeferredInterrupt
 from rvae_fast._nonfinite import NonFiniteError, find_in_rows, non_finite_weight
@@ -29,7 +30,16 @@ from rvae_fast._training_config import TrainingConfig
 Callback = Callable[[nn.Module, History], Any]
 
 #: Fields of the configuration that do not change what a run computes, and so may differ when it is resumed.
-_INCIDENTAL = ("progress", "checkpoint", "checkpoint_every", "checkpoint_unit", "sync_every", "device", "precision")
+_INCIDENTAL = (
+    "progress",
+    "checkpoint",
+    "checkpoint_every",
+    "checkpoint_unit",
+    "sync_every",
+    "device",
+    "precision",
+    "cuda_graph",
+)
 
 
 class Run:
@@ -53,6 +63,7 @@ class Run:
         dtype, width = weights[0].dtype, int(model.in_features)  # type: ignore[arg-type]
         self.config, self.device, self.callbacks = config, device, callbacks
         self.precision = resolve_precision(config.precision, device, dtype)
+        self.graph = step_graph(config.cuda_graph, device)
 
         where: dict[str, Any] = {"device": device, "dtype": dtype, "max_rows": config.batch_size + 1}
         self.rows = Rows(data, "data", width, **where)
@@ -78,7 +89,8 @@ class Run:
         sync_every = config.sync_every or (1 if device.type == "cpu" else 50)
         self.stepper = Stepper(
             model, self.rows, self.schedule, self.history,
-            seed=self.seed, precision=self.precision, sync_every=sync_every,
+            seed=self.seed, precision=self.precision, sync_every=sync_every, graph=self.graph,
+            graph_sizes=[stop - start for start, stop in self.groups[0]],
         )  # fmt: skip
         self.resumed = saved is not None
         if saved is not None:
@@ -184,6 +196,8 @@ class Run:
         for callback in self.callbacks:
             if callback(self.model, self.history):
                 self.history.stopped_early = True
+        if self.graph is not None and self.callbacks:
+            self.graph.invalidate()  # a callback may have changed the model
         final = self.epoch == config.epochs or self.history.stopped_early
         if config.checkpoint is not None:
             due = config.checkpoint_unit == "epochs" and self.epoch % config.checkpoint_every == 0

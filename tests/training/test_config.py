@@ -52,6 +52,7 @@ from rvae_fast.training import TrainingConfig
         ("checkpoint_every", 0, ValueError),
         ("checkpoint_unit", "minutes", ValueError),
         ("sync_every", 0, ValueError),
+        ("cuda_graph", "always", ValueError),
     ],
 )
 def test_refuses_naming_the_field(field: str, value: Any, error: type[Exception]) -> None:
