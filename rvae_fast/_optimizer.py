@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,13 @@ _FUSED = ("cpu", "cuda")
 
 
 class Optimizer:
-    """Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019) on gradients clipped by their global norm.
+    """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019) or RAdam (Liu et al. 2020), gradients clipped.
 
     It calls the kernels of ``torch.optim``'s ``fused=True`` itself, for three reasons. They divide every gradient by a
     scalar as they read it (there for loss scaling): that scalar is max(1, norm / max_grad_norm) here, so clipping costs
     no pass of its own. Their ``found_inf`` makes a step do nothing, decided on the device. And making a ``torch.optim``
-    optimiser imports torch's compiler, some 800 modules, which takes seconds. On devices without these kernels the step
-    is ``torch.optim``'s functional Adam.
+    optimiser imports torch's compiler, some 800 modules, which takes seconds. On devices without these kernels, and for
+    RAdam, which has none, the step is ``torch.optim``'s functional one.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ class Optimizer:
         # One tensor, so that counting is one kernel; the fused kernels read each parameter's count through its view.
         self._steps = torch.zeros(len(self.parameters), device=device)
         self._step = list(self._steps.unbind())
-        self.fused = device.type in _FUSED
+        self.fused = device.type in _FUSED and config.optimizer != "radam"
         self._kernel = torch._fused_adamw_ if config.optimizer == "adamw" else torch._fused_adam_
         by_dtype: dict[torch.dtype, list[int]] = {}
         for i, parameter in enumerate(self.parameters):
@@ -109,26 +110,30 @@ class Optimizer:
 
     def _unfused(self, learning_rate: float) -> None:
         from torch.optim.adam import adam
+        from torch.optim.radam import radam
 
         chosen = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         config = self.config
+        arguments: dict[str, Any] = {
+            "params": [self.parameters[i] for i in chosen],
+            "grads": [self.parameters[i].grad for i in chosen],
+            "exp_avgs": [self._exp_avg[i] for i in chosen],
+            "exp_avg_sqs": [self._exp_avg_sq[i] for i in chosen],
+            "state_steps": [self._step[i] for i in chosen],
+            "beta1": config.betas[0],
+            "beta2": config.betas[1],
+            "lr": learning_rate,
+            "weight_decay": config.weight_decay,
+            "eps": config.eps,
+        }
+        if config.optimizer == "radam":
+            radam(**arguments, foreach=True)
+            return
+        decoupled = config.optimizer == "adamw"
         adam(
-            [self.parameters[i] for i in chosen],  # type: ignore[misc]
-            [self.parameters[i].grad for i in chosen],  # type: ignore[misc]
-            [self._exp_avg[i] for i in chosen],
-            [self._exp_avg_sq[i] for i in chosen],
-            [],
-            [self._step[i] for i in chosen],
-            foreach=False,
-            amsgrad=False,
-            beta1=config.betas[0],
-            beta2=config.betas[1],
-            lr=learning_rate,
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-            maximize=False,
-            decoupled_weight_decay=config.optimizer == "adamw",
-        )
+            **arguments, max_exp_avg_sqs=[], foreach=False, amsgrad=False, maximize=False,
+            decoupled_weight_decay=decoupled,
+        )  # fmt: skip
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

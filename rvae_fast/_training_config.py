@@ -22,8 +22,9 @@ class TrainingConfig:
         Passes over the training rows.
     batch_size : int, default 256
         Rows of a forward pass (at least 2: BatchNorm cannot train on one).
-    optimizer : {"adamw", "adam"}, default "adamw"
-        PyTorch's own; weight decay is decoupled in ``adamw`` (Loshchilov and Hutter 2019) and an L2 term in ``adam``.
+    optimizer : {"adamw", "adam", "radam"}, default "adamw"
+        PyTorch's own; weight decay is decoupled in ``adamw`` (Loshchilov and Hutter 2019) and an L2 term in ``adam``
+        and ``radam`` (Liu et al. 2020), which is slower: PyTorch has no fused kernel for it.
     learning_rate : float, default 1e-3
         The highest of the schedule.
     weight_decay : float, default 0.0
@@ -165,7 +166,7 @@ _AT_LEAST_0 = (
     "weight_decay", "warmup_epochs", "final_learning_rate", "kld_weight", "kld_warmup_epochs", "min_delta",
 )  # fmt: skip
 _CHOICES = {
-    "optimizer": ("adamw", "adam"),
+    "optimizer": ("adamw", "adam", "radam"),
     "schedule": ("cosine", "linear", "constant"),
     "precision": ("auto", "fp32", "bf16"),
     "checkpoint_unit": ("epochs", "steps"),

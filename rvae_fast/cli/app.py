@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rvae_fast._version import __version__
-from rvae_fast.cli import data, demo, doctor, evaluate, fit, score
+from rvae_fast.cli import data, demo, doctor, evaluate, fit, reproduce, score
 
 __all__ = ["app", "main"]
 
@@ -61,6 +61,7 @@ app.command("fit")(fit.fit_command)
 app.command("score")(score.score)
 app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
+app.command("reproduce")(reproduce.reproduce)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 

@@ -57,7 +57,7 @@ PARAMETERS = (
     ),
     Parameter("batch_size", "--batch-size", int, "[default: 256]", TRAINING, None, "-b"),
     Parameter("learning_rate", "--learning-rate", float, "[default: 0.001]", TRAINING),
-    Parameter("optimizer", "--optimizer", str, "adamw or adam.", TRAINING),
+    Parameter("optimizer", "--optimizer", str, "adamw, adam or radam.", TRAINING),
     Parameter("weight_decay", "--weight-decay", float, "[default: 0]", TRAINING),
     Parameter("schedule", "--schedule", str, "Learning rate: cosine, linear, constant.", TRAINING),
     Parameter("warmup_epochs", "--warmup-epochs", float, "Of the learning rate [default: 1].", TRAINING),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rvae_fast.report.metrics import Evaluation
     from rvae_fast.report.theme import Picture
 
-__all__ = ["is_report", "output_files", "versions", "write_report"]
+__all__ = ["environment", "is_report", "output_files", "versions", "write_report"]
 
 _LISTED = 20
 _GENERATOR = b'<meta name="generator" content="rvae-fast">'
@@ -151,7 +151,8 @@ def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """Return the jinja2 environment of the page templates."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -314,7 +315,7 @@ def write_report(
     if truth is not None and evaluation is not None:
         mistakes = [(row_id(row), number(scores[row]), bool(truth[row])) for row in _mistakes(scores, threshold, truth)]
     html = (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             title=title,

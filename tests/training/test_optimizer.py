@@ -33,7 +33,7 @@ def path(request: Any, monkeypatch: Any) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "radam"])
 @pytest.mark.parametrize("max_norm", [None, 1.0, 30.0])
 def test_equals_torch(path: str, dtype: torch.dtype, name: str, max_norm: float | None) -> None:
     config = TrainingConfig(
@@ -41,7 +41,7 @@ def test_equals_torch(path: str, dtype: torch.dtype, name: str, max_norm: float 
     )
     net, oracle = network(dtype), network(dtype)
     ours = Optimizer(list(net.parameters()), config)
-    cls = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[name]
     theirs = cls(oracle.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6, foreach=False)
     for step in range(8):
         size = 0.01 if step % 2 else 10.0  # now and then above the limit

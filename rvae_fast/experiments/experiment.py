@@ -1,0 +1,110 @@
+"""What the five experiments have in common: settings, a grid, and what they make of its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rvae_fast.experiments.cells import Cell
+from rvae_fast.experiments.page import Findings
+from rvae_fast.experiments.tables import Row
+
+#: The library's own choices for images (see ``rvae_fast.preset``), less the number of epochs. Said in full, because a
+#: recipe is what results are compared by: it must not change with a default.
+TRAINING: dict[str, Any] = {
+    "batch_size": 256, "learning_rate": 2e-3, "schedule": "cosine", "warmup_epochs": 1.0, "max_grad_norm": 10.0,
+    "optimizer": "adamw", "kld_weight": 1.0, "precision": "auto",
+}  # fmt: skip
+
+#: The data that every installation has, for quick runs where the real ones are not cached.
+EMBEDDED = "digits"
+
+#: What ``--variant`` may be: changes to every cell, each with what it stands for.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kl-half": ("KL weight one half", {"training": {"kld_weight": 0.5}}),
+    "kl-warm-up": ("KL weight risen over half of the epochs", {"kld_warmup_share": 0.5}),
+    "noise": ("Gaussian noise of standard deviation 0.2 on the input while training", {"noise": 0.2}),
+    "absolute": ("absolute in place of squared error", {"network": {"likelihood": "absolute"}}),
+    "bernoulli": ("binary cross-entropy in place of squared error", {"network": {"likelihood": "bernoulli"}}),
+    "ensemble": ("three models of different seeds, scores averaged", {"members": 3}),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may say about a run.
+
+    Attributes
+    ----------
+    data : tuple of str
+        Names of data sets.
+    seeds : int
+        How many; they are 0, 1, 2, ...
+    quick : bool
+        A short run on a part of the rows, which shows the machinery and proves nothing.
+    epochs : int, optional
+        In place of the experiment's own.
+    variant : str
+        One of :data:`VARIANTS`, or empty.
+    """
+
+    data: tuple[str, ...]
+    seeds: int
+    quick: bool = False
+    epochs: int | None = None
+    variant: str = ""
+
+    def training(self, epochs: int, quick_epochs: int, **changes: Any) -> dict[str, Any]:
+        """Arguments of the training: :data:`TRAINING` with changes."""
+        own = quick_epochs if self.quick else epochs
+        return {**TRAINING, "epochs": self.epochs or own, **changes}
+
+    def rows(self, quick_rows: int) -> int | None:
+        """Training rows at most."""
+        return quick_rows if self.quick else None
+
+    def vary(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells with the variant's changes."""
+        if not self.variant:
+            return list(cells)
+        changes = dict(VARIANTS[self.variant][1])
+        share = changes.pop("kld_warmup_share", None)
+        varied = []
+        for cell in cells:
+            training = {**cell.training, **changes.get("training", {})}
+            if share is not None:
+                training["kld_warmup_epochs"] = share * training["epochs"]
+            given = {**changes, "training": training, "network": {**cell.network, **changes.get("network", {})}}
+            varied.append(dataclasses.replace(cell, variant=self.variant, **given))
+        return varied
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment of the article.
+
+    Attributes
+    ----------
+    name, title, description : str
+    data : tuple of str
+        The data sets it runs on unless told otherwise.
+    seeds : int
+    scores : tuple of str
+        Whose AUROC every cell records.
+    grid : callable
+        ``grid(settings)``: the cells.
+    findings : callable
+        ``findings(rows, settings, folder)``: claims, pictures and tables; ``folder`` is where steps are kept.
+    """
+
+    name: str
+    title: str
+    description: str
+    data: tuple[str, ...]
+    seeds: int
+    scores: tuple[str, ...]
+    grid: Callable[[Settings], list[Cell]]
+    findings: Callable[[list[Row], Settings, Path], Findings]

@@ -1,0 +1,226 @@
+"""Run a grid: list it with an estimate of its time, then cell by cell, in processes if wanted, into a results file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from typing import Any
+
+from rvae_fast.experiments.cells import Cell
+from rvae_fast.experiments.store import Results
+from rvae_fast.experiments.work import build, run_cell, split_of
+
+#: Steps that an estimate times, after as many that warm up.
+TIMED_STEPS = 3
+
+
+def default_jobs() -> int:
+    """One process a processor core, or one in all where a GPU does the work."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(
+    cells: Sequence[Cell],
+    results: Results,
+    *,
+    jobs: int = 1,
+    say: Callable[[str], None] = lambda text: None,
+    progress: bool = False,
+    work: Callable[..., dict[str, Any]] = run_cell,
+) -> None:
+    """Run those cells of a grid that have no row yet; each finished one is a row at once.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+    results : Results
+    jobs : int, default 1
+        Processes, each computing with one thread. With 1 the cells run in this process, with one thread as well, so
+        that the results do not depend on ``jobs``.
+    say : callable
+        Told a line of text now and then.
+    progress : bool, default False
+        A bar in a terminal.
+    work : callable
+        What a cell does: ``work(cell, folder)`` returns its metrics. To run in another process it must be importable.
+
+    Raises
+    ------
+    ResultsError
+        When the results file holds cells run by another recipe.
+    RuntimeError
+        Naming the cell that failed. Those finished before it have their rows.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    todo = results.missing(cells)
+    folder = str(results.path.parent)
+    began = time.perf_counter()
+    done = len(cells) - len(todo)
+    with _bar(progress, len(cells), done) as advance:
+        for cell, metrics in _finished(todo, folder, min(jobs, len(todo)), work):
+            results.add(cell, metrics)
+            done += 1
+            advance()
+            spent = time.perf_counter() - began
+            left = spent / (done - (len(cells) - len(todo))) * (len(cells) - done)
+            auroc = next((f", AUROC {v:.4f}" for k, v in metrics.items() if k.startswith("auroc_") and v), "")
+            say(f"{done}/{len(cells)}  {cell.label}{auroc}, {duration(metrics['seconds'])}; {duration(left)} left")
+
+
+def _finished(
+    todo: Sequence[Cell], folder: str, jobs: int, work: Callable[..., dict[str, Any]]
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    if jobs <= 1:
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for cell in todo:
+                yield cell, _named(cell, lambda cell=cell: work(cell, folder))  # type: ignore[misc]
+        finally:
+            torch.set_num_threads(threads)
+        return
+    # A fork of a process whose threads are running may hang; a fresh interpreter reads the variable before torch does.
+    with _one_thread(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin) as pool:
+        pending: dict[Future[dict[str, Any]], Cell] = {pool.submit(work, cell, folder): cell for cell in todo}
+        try:
+            while pending:
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    cell = pending.pop(future)
+                    yield cell, _named(cell, future.result)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _named(cell: Cell, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return work()
+    except Exception as error:
+        raise RuntimeError(f"{cell.label}: {type(error).__name__}: {error}") from error
+
+
+def _begin() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+@contextlib.contextmanager
+def _bar(enabled: bool, total: int, done: int) -> Iterator[Callable[[], None]]:
+    if not enabled or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("cells", total=total, completed=done)
+        yield lambda: bar.advance(task)
+
+
+# --- the estimate ---
+
+
+def multiplications(cell: Cell, in_features: int) -> int:
+    """Weights of the cell's network, each of which is one multiplication a row in the forward pass."""
+    return sum(p.numel() for p in build(cell, in_features, 0).parameters())
+
+
+def estimate(cells: Sequence[Cell], jobs: int) -> float:
+    """Seconds that the cells will take, from a few timed steps of one network of each model, in fp32 or bf16 as given.
+
+    Other depths scale by the number of their weights, other rows and epochs by themselves; what comes after the
+    training is counted as a tenth of it. On a machine busy with other work it is too low.
+    """
+    import torch
+
+    if not cells:
+        return 0.0
+    rates: dict[str, float] = {}
+    weights: dict[tuple[Any, ...], int] = {}
+    shapes: dict[tuple[str, str, str], tuple[int, int]] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    total = 0.0
+    try:
+        for cell in cells:
+            data = (cell.data, cell.setting, cell.novel)
+            if data not in shapes:
+                shapes[data] = split_of(cell).X_train.shape
+            rows, width = shapes[data]
+            net = (cell.data, cell.model, cell.order, cell.n_layers, repr(cell.network))
+            if net not in weights:
+                weights[net] = multiplications(cell, width)
+            series = f"{cell.model} {cell.order}"
+            if series not in rates:
+                rates[series] = _seconds_a_row(cell, width) / weights[net]
+            seen = min(rows, cell.rows or rows) * int(cell.training.get("epochs", 100)) * cell.members
+            total += 1.1 * rates[series] * weights[net] * seen
+    finally:
+        torch.set_num_threads(threads)
+    return total / min(jobs, len(cells))
+
+
+def _seconds_a_row(cell: Cell, width: int) -> float:
+    """Time of a training step of the cell, by its number of rows."""
+    import torch
+
+    from rvae_fast.training import TrainingConfig, train
+
+    config = dict(cell.training)
+    batch = int(config.get("batch_size", 256))
+    rows = torch.rand(TIMED_STEPS * batch, width)
+    given = TrainingConfig(**{**config, "epochs": 2, "seed": 0, "warmup_epochs": 0.0, "accumulate": 1})
+    history = train(build(cell, width, 0), rows, given)
+    return float(history.epochs[-1]["seconds"]) / len(rows)
+
+
+def duration(seconds: float) -> str:
+    """A time for reading: ``42 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def listing(cells: Sequence[Cell], results: Results, seconds: float, jobs: int) -> str:
+    """The grid in words: what varies, how much of it is done, how long the rest will take."""
+    lines = [f"{len(cells)} cells, {len(cells) - len(results.missing(cells))} of them done, into {results.path}"]
+    for data, setting in sorted({(c.data, c.setting) for c in cells}):
+        here = [c for c in cells if (c.data, c.setting) == (data, setting)]
+        lines.append(f"  {data}, {setting}: {_spread('class', [c.novel for c in here])}")
+        for series in dict.fromkeys(c.series for c in here):
+            own = [c for c in here if c.series == series]
+            depths, seeds = _spread("layers", [c.n_layers for c in own]), _spread("seed", [c.seed for c in own])
+            epochs = _spread("epochs", [c.training.get("epochs", 100) for c in own])
+            lines.append(f"    {series:24} {len(own):4} cells: {depths}; {seeds}; {epochs}")
+    lines.append(f"about {duration(seconds)} with {jobs} {'process' if jobs == 1 else 'processes of one thread each'}")
+    return "\n".join(lines)
+
+
+def _spread(name: str, values: Sequence[Any]) -> str:
+    return f"{name} {', '.join(str(value) for value in dict.fromkeys(values))}"

@@ -1,0 +1,121 @@
+"""The scores whose AUROC a cell records, by name: fitted on training and validation rows, taken of test rows.
+
+``reconstruction``, ``elbo``
+    The article's score, and that plus the KL divergence.
+``sap``, ``nap``, or either with a place, such as ``nap/units``
+    RaPP's, see :mod:`rvae_fast.rapp`; without a place the default one. ``nap-`` and ``sap-`` leave out the input.
+``pixel``
+    Per-pixel likelihood: squared errors divided by each pixel's mean squared error on the validation rows.
+``samples``
+    Reconstruction error averaged over samples of z instead of that of its mean.
+``rank``
+    Rank sum of all other scores of the cell: each score is replaced by the share of validation rows below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rvae_fast.models import Autoencoder, in_eval
+from rvae_fast.pathway import PATHWAYS, reconstruct
+from rvae_fast.rapp import fit_nap, nap_scores, sap_scores
+from rvae_fast.scoring import map_rows, score_rows
+
+#: Samples of z for ``samples``.
+SAMPLES = 16
+
+Scored = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+
+def check_score(name: str) -> None:
+    """Raise a ValueError that names an unknown score."""
+    kind, _, place = name.partition("/")
+    known = kind in ("sap", "nap", "sap-", "nap-") and (not place or place in PATHWAYS)
+    if not known and name not in ("reconstruction", "elbo", "pixel", "samples", "rank"):
+        raise ValueError(f"unknown score {name!r}")
+
+
+def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation: Any, test: Any, seed: int) -> Scored:
+    """Scores of validation and test rows, by name.
+
+    Parameters
+    ----------
+    model : AE, RAE, VAE or RVAE
+    names : sequence of str
+    train, validation, test : ndarray [n, in_features]
+    seed : int
+        Of the samples of z.
+
+    Returns
+    -------
+    dict of (ndarray [n_validation], ndarray [n_test])
+    """
+    found: Scored = {}
+    for name in names:
+        check_score(name)
+        kind, _, place = name.partition("/")
+        where: dict[str, Any] = {"pathway": place or "stages", "include_input": not kind.endswith("-")}
+        if kind in ("sap", "sap-"):
+            found[name] = (sap_scores(model, validation, **where), sap_scores(model, test, **where))
+        elif kind in ("nap", "nap-"):
+            nap = fit_nap(model, train, **where)
+            found[name] = (nap_scores(model, nap, validation, **where), nap_scores(model, nap, test, **where))
+        elif kind == "pixel":
+            found[name] = _pixel(model, validation, test)
+        elif kind == "samples":
+            found[name] = (_sampled(model, validation, seed), _sampled(model, test, seed))
+        elif kind != "rank":
+            weight = 1.0 if kind == "elbo" else 0.0
+            found[name] = tuple(score_rows(model, x, kld_weight=weight) for x in (validation, test))  # type: ignore[assignment]
+    if "rank" in names:
+        found["rank"] = _rank(list(found.values()))
+    return found
+
+
+def _pixel(model: Autoencoder, validation: Any, test: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def squared(x: Any) -> NDArray[np.float64]:
+        with in_eval(model):
+            return map_rows(model, x, lambda rows: (reconstruct(model, rows) - rows).square())
+
+    errors = squared(validation)
+    mean = errors.mean(axis=0)
+    # A pixel that is always black has next to no error: without a floor one stray dot there would decide everything.
+    mean = mean + 1e-2 * mean.mean()
+    return (errors / mean).sum(axis=1), (squared(test) / mean).sum(axis=1)
+
+
+def _sampled(model: Autoencoder, x: Any, seed: int) -> NDArray[np.float64]:
+    if not model.is_variational:
+        return score_rows(model, x)
+    generator = torch.Generator().manual_seed(seed)
+
+    def score(rows: Tensor) -> Tensor:
+        mu, logvar = model.encode(rows)
+        total = torch.zeros(len(rows), device=rows.device)
+        for _ in range(SAMPLES):
+            noise = torch.randn(mu.shape, generator=generator).to(mu.device)
+            z = mu + torch.exp(0.5 * logvar) * noise
+            total += (model.decode(z) - rows).square().sum(1)
+        return total / SAMPLES
+
+    with in_eval(model):
+        return map_rows(model, x, score)
+
+
+def _rank(scored: list[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> Any:
+    """Sum over the scores of the share of validation rows below, each smoothed so that it grows beyond the largest."""
+    totals: list[Any] = [0.0, 0.0]
+    for validation, test in scored:
+        ordered = np.sort(validation)
+        for i, values in enumerate((validation, test)):
+            share = np.searchsorted(ordered, values) / (len(ordered) + 1)
+            # Most novel rows lie above all normal ones, where shares tie: there the distance orders them.
+            beyond = np.maximum(values / max(float(ordered[-1]), np.finfo(float).tiny), 1.0)
+            totals[i] = totals[i] + share + np.log(beyond)
+    return totals[0], totals[1]

@@ -1,0 +1,59 @@
+"""``rvae-fast reproduce`` on the embedded digits."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the report extra is not installed: no page")
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RVAE_FAST_DATA", str(tmp_path / "cache"))
+
+
+def test_a_quick_run_without_cached_data(run: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["reproduce", "novelty", "--quick", "--epochs", 1, "--jobs", 1, "--out", out]
+    result = run(*options)
+    assert "takes scikit-learn's digits instead" in result.stderr
+    assert "12 cells, 0 of them done" in result.stderr
+    assert "about" in result.stderr
+    assert str(out / "index.html") in result.stdout
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert {row["data"] for row in rows} == {"digits"}
+    assert {row["seed"] for row in rows} == {"0", "1"}
+    page = (out / "index.html").read_text()
+    assert "rvae-fast reproduce novelty --quick --epochs 1" in page
+    assert "A quick run" in page
+    assert (out / "summary.csv").exists()
+    assert "12 cells, 12 of them done" in run(*options).stderr
+    more = run(*options, "--seeds", 3, "--page-only")
+    assert "6 of 18 cells are not run yet" in (out / "index.html").read_text()
+    assert "cells, " not in more.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nothing"], "no experiment 'nothing'"),
+        (["novelty", "--variant", "x"], "no variant 'x'"),
+        (["novelty", "--jobs", "0"], "--jobs"),
+    ],
+)
+def test_wrong_usage(options: list[str], message: str, run: Callable[..., Any]) -> None:
+    assert message in run("reproduce", *options, code=2).stderr
+
+
+def test_unknown_data_and_nothing_to_show(run: Callable[..., Any], tmp_path: Path) -> None:
+    result = run("reproduce", "deep", "--data", "mnsit", "--out", tmp_path / "out", code=1)
+    assert "data must be among" in result.stderr
+    result = run("reproduce", "deep", "--data", "digits", "--page-only", "--out", tmp_path / "out", code=1)
+    assert "has none of the 20 cells" in result.stderr

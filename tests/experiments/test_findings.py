@@ -1,0 +1,158 @@
+"""What each experiment makes of rows, and the page of it; the rows are made up, so that claims hold or do not."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rvae_fast.datasets.cache import store_arrays
+from rvae_fast.experiments import article, by_name
+from rvae_fast.experiments.cells import Cell
+from rvae_fast.experiments.claims import Claim
+from rvae_fast.experiments.experiment import Settings
+from rvae_fast.experiments.page import Findings, write_page
+from rvae_fast.experiments.tables import summary, to_csv
+from rvae_fast.experiments.work import steps_file
+
+from .conftest import row
+
+pytest.importorskip("matplotlib", reason="the report extra is not installed: no pictures")
+pytest.importorskip("jinja2", reason="the report extra is not installed: no page")
+
+
+def found(name: str, rows: list[dict[str, str]], folder: Path, **settings: Any) -> dict[str, Claim]:
+    given: dict[str, Any] = {"data": ("mnist",), "seeds": 3, **settings}
+    result = by_name(name).findings(rows, Settings(**given), folder)
+    assert result.pictures
+    assert all(picture.light.startswith(b"\x89PNG") for picture in result.pictures)
+    assert all(table for table in result.tables.values())
+    return {claim.name: claim for claim in result.claims}
+
+
+def novelty_rows(gain: float, digits: str = "0123456789") -> list[dict[str, str]]:
+    rng = np.random.default_rng(0)
+    return [
+        row(model=model, order=order, novel=digit, seed=seed, n_layers=10, train_loss=25.0,
+            auroc_reconstruction=article.NOVELTY["RVAE pre"][digit] + 0.005 + better + 0.002 * rng.normal())
+        for digit in digits for seed in range(3)
+        for model, order, better in (("RVAE", "pre", gain), ("RVAE", "post", 0.0), ("VAE", "", 0.0))
+    ]  # fmt: skip
+
+
+def test_novelty(folder: Path) -> None:
+    held = found("novelty", novelty_rows(0.01), folder)
+    assert len(held) == 4
+    assert all(claim.held for claim in held.values())
+    failed = found("novelty", novelty_rows(-0.05), folder)
+    assert not any(claim.held for claim in failed.values())
+    partial = found("novelty", novelty_rows(0.01, "09"), folder)
+    assert partial["mnist: RVAE pre is above VAE"].held
+    assert partial["mnist: RVAE pre reaches a mean of .900 over the ten digits"].held is None
+    assert partial["mnist: every digit but 1 as in the article"].held is None
+
+
+def degradation_rows(plain: dict[int, float], residual: dict[int, float]) -> list[dict[str, str]]:
+    rng = np.random.default_rng(0)
+    return [
+        row(model=model, order=order, novel="0", seed=seed, n_layers=depth, auroc_reconstruction=0.5, eval_error=1.0,
+            train_loss=loss + 0.01 * rng.normal())
+        for model, order, losses in (("AE", "", plain), ("RAE", "pre", residual), ("RVAE", "pre", residual),
+                                     ("RAE", "post", residual), ("VAE", "", plain))
+        for depth, loss in losses.items() for seed in range(3)
+    ]  # fmt: skip
+
+
+def test_degradation(folder: Path) -> None:
+    down, up = {2: 9.0, 8: 7.0, 16: 6.0, 64: 5.0}, {2: 9.0, 8: 7.0, 16: 9.5}
+    held = found("degradation", degradation_rows(up, down), folder)
+    assert len(held) == 4
+    assert all(claim.held for claim in held.values())
+    falls = {d: v for d, v in down.items() if d <= 16}
+    rises = {**up, 64: 12.0}
+    failed = found("degradation", degradation_rows(falls, rises), folder)
+    assert not any(claim.held for claim in failed.values())
+
+
+@pytest.mark.parametrize("spikes", [False, True])
+def test_explosion(spikes: bool, folder: Path) -> None:
+    rows = []
+    for cure, ratio in (("unclipped", 1000.0 if not spikes else 3.0), ("defaults", 50.0 if spikes else 2.0)):
+        for depth in (80, 200):
+            name: dict[str, Any] = {"model": "RVAE", "order": "pre", "novel": "0", "n_layers": depth, "variant": cure}
+            metrics = {"norm_ratio": ratio, "loss_ratio": ratio, "median_grad_norm": 1.0, "max_grad_norm": ratio}
+            rows.append(row(**name, **metrics, train_loss=30.0, auroc_reconstruction=0.9))
+            folder.mkdir(exist_ok=True)
+            steps = np.abs(np.random.default_rng(0).normal(size=3000)) + 1
+            arrays = {"loss": steps, "grad_norm": steps}
+            store_arrays(steps_file(folder, Cell(data="mnist", seed=0, **name)), arrays)
+    claims = found("explosion", rows, folder)
+    assert [claim.held for claim in claims.values()] == [not spikes] * 3
+    pictures = by_name("explosion").findings(rows, Settings(data=("mnist",), seeds=1), folder).pictures
+    assert {p.name for p in pictures} == {f"explosion-{n}-mnist-RVAE" for n in ("spikes", "grad-norm", "loss")}
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_deep(good: bool, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        row(model=model, order=order, novel=novel, seed=seed, n_layers=80, norm_ratio=1.0, loss_ratio=1.0,
+            train_loss=loss, auroc_reconstruction=auroc + 0.01 * rng.normal())
+        for novel in "01" for seed in range(3)
+        for model, order, loss, auroc in (("RVAE", "pre", 28.0 if good else 40.0, 0.8 if good else 0.6),
+                                          ("VAE", "", 48.0, 0.62))
+    ]  # fmt: skip
+    claims = found("deep", rows, folder)
+    assert [claim.held for claim in claims.values()] == [good] * 3
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_rapp(good: bool, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        row(model=model, order=order, setting=setting, novel=digit, seed=seed, n_layers=10,
+            auroc_reconstruction=0.88 + 0.01 * rng.normal(), auroc_sap=0.9,
+            auroc_nap=(0.96 if good else 0.881) + 0.01 * rng.normal())
+        for setting in ("multimodal", "unimodal") for digit in article.DIGITS for seed in range(3)
+        for model, order in (("RVAE", "pre"), ("VAE", ""))
+    ]  # fmt: skip
+    claims = found("rapp", rows, folder)
+    assert claims["mnist, multimodal: the best score of RVAE reaches 0.945"].held is good
+
+
+def test_a_quick_run_is_not_held_against_the_article(folder: Path) -> None:
+    claims = found("novelty", novelty_rows(0.01, "09"), folder, quick=True)
+    assert list(claims) == ["mnist: RVAE pre is above VAE", "mnist: RVAE pre is above RVAE post"]
+
+
+def test_summary_is_mean_deviation_and_number() -> None:
+    rows = [row(model="AE", seed=s, loss=v) for s, v in enumerate((1.0, 2.0, 3.0))] + [row(model="VAE", loss="")]
+    table = summary(rows, ("loss",), ("series",))
+    assert table[0] == {"series": "AE", "cells": "3", "loss": "2", "loss sd": "1"}
+    assert table[1] == {"series": "VAE", "cells": "1", "loss": "", "loss sd": ""}
+    assert to_csv(table).splitlines()[1] == "AE,3,2,1"
+
+
+def test_the_page_needs_nothing_else_and_says_what_became_of_each_claim(folder: Path) -> None:
+    findings = Findings(
+        claims=[Claim("first", True, "It is so <b>."), Claim("second", False, "It is not."), Claim("third", None, "?")],
+        pictures=by_name("novelty").findings(novelty_rows(0.0), Settings(("mnist",), 3), folder).pictures,
+        tables={"By model": [{"series": "AE", "auroc": ".9"}]},
+    )
+    page = write_page(
+        folder, title="T & U", description="D", findings=findings, configuration={"command": "x"}, notes=["Quick!"]
+    )
+    text = page.read_text()
+    assert [re.search(f"{name}</b> <span[^>]*>([^<]*)<", text)[1] for name in ("first", "second", "third")] == [  # type: ignore[index]
+        "held", "did not hold", "not tested",
+    ]  # fmt: skip
+    assert "It is so &lt;b&gt;." in text
+    assert "T &amp; U" in text
+    assert "Quick!" in text
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    encoded = base64.b64encode((folder / "novelty-mnist.png").read_bytes()).decode()
+    assert encoded in text

@@ -1,0 +1,148 @@
+"""The grid runs, resumes, and does not mix results."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rvae_fast.experiments import runner
+from rvae_fast.experiments.cells import Cell
+from rvae_fast.experiments.store import Results, ResultsError
+
+from .conftest import cell
+
+CELLS = [cell(seed=seed) for seed in range(4)]
+METRICS = ("seconds", "auroc_reconstruction")
+
+
+def results(folder: Path) -> Results:
+    return Results(folder / "results.csv", METRICS)
+
+
+def work(cell: Cell, folder: str) -> dict[str, Any]:
+    """Stands for a training; leaves a mark, so that a test sees what ran."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / "ran", "a") as file:
+        file.write(f"{cell.seed}\n")
+    if cell.novel == "bad":
+        raise ValueError("no such class")
+    return {"seconds": 0.5, "auroc_reconstruction": 0.25 + cell.seed}
+
+
+def ran(folder: Path) -> list[int]:
+    return [int(line) for line in (folder / "ran").read_text().split()]
+
+
+def test_a_finished_cell_is_a_row_and_is_not_run_again(folder: Path) -> None:
+    runner.run(CELLS[:2], results(folder), work=work)
+    said: list[str] = []
+    runner.run(CELLS, results(folder), work=work, say=said.append)
+    assert ran(folder) == [0, 1, 2, 3]
+    rows = results(folder).of(CELLS)
+    assert [row["auroc_reconstruction"] for row in rows] == ["0.25", "1.25", "2.25", "3.25"]
+    assert said[0].startswith("3/4  digits, 0 novel, AE, 4 layers, seed 2, AUROC 2.25")
+    assert (folder / "results.csv").read_text().count("recipe") == 1  # one header
+
+
+def test_a_failing_cell_is_named_and_those_before_it_are_kept(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"digits, bad novel.*no such class"):
+        runner.run([CELLS[0], cell(novel="bad"), CELLS[1]], results(folder), work=work)
+    assert len(results(folder).rows) == 1
+
+
+def test_a_torn_last_line_is_run_again(folder: Path) -> None:
+    runner.run(CELLS[:3], results(folder), work=work)
+    path = folder / "results.csv"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert results(folder).missing(CELLS[:3]) == [CELLS[2]]
+    runner.run(CELLS[:3], results(folder), work=work)
+    assert ran(folder) == [0, 1, 2, 2]
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_results_of_another_recipe_are_refused(folder: Path) -> None:
+    runner.run(CELLS[:1], results(folder), work=work)
+    with pytest.raises(ResultsError, match="give another directory"):
+        results(folder).missing([cell(training={"epochs": 2})])
+    with pytest.raises(ResultsError, match="holds the columns"):
+        Results(folder / "results.csv", ("seconds", "auroc_sap"))
+
+
+def test_every_row_of_a_grid_has_its_own_name() -> None:
+    from rvae_fast.experiments import NAMES, by_name
+    from rvae_fast.experiments.experiment import Settings
+
+    for name in NAMES:
+        for quick in (True, False):
+            chosen = by_name(name)
+            cells = chosen.grid(Settings(data=chosen.data, seeds=2, quick=quick))
+            assert len({c.key for c in cells}) == len(cells)
+            assert all(set(c.scores) <= set(chosen.scores) for c in cells)
+
+
+def test_processes_give_the_same_rows_as_one(folder: Path) -> None:
+    cells = [cell(seed=seed, model=model) for seed in (0, 1) for model in ("AE", "VAE")]
+    from rvae_fast.experiments.work import metric_names
+
+    one = Results(folder / "one.csv", metric_names(("reconstruction",)))
+    two = Results(folder / "two.csv", metric_names(("reconstruction",)))
+    threads = torch.get_num_threads()
+    runner.run(cells, one, jobs=1)
+    runner.run(cells, two, jobs=2)
+    assert torch.get_num_threads() == threads
+    for a, b in zip(one.of(cells), two.of(cells), strict=True):
+        same = {name: value for name, value in a.items() if not name.endswith("seconds")}
+        assert same == {name: b[name] for name in same}
+        assert 0 < float(a["auroc_reconstruction"]) < 1
+
+
+def test_a_killed_run_goes_on_where_it_stopped(folder: Path) -> None:
+    script = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from rvae_fast.experiments import runner
+        from rvae_fast.experiments.cells import Cell
+        from rvae_fast.experiments.store import Results
+
+        def work(cell, folder):
+            if cell.seed == 2:
+                time.sleep(600)
+            return {"seconds": 0.0, "auroc_reconstruction": 0.5}
+
+        cells = [Cell(data="digits", novel="0", model="AE", n_layers=4, seed=seed) for seed in range(4)]
+        runner.run(cells, Results(sys.argv[1], ("seconds", "auroc_reconstruction")), work=work)
+    """)
+    path = folder / "results.csv"
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)])
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and (not path.exists() or len(path.read_text().splitlines()) < 3):
+            time.sleep(0.1)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    cells = [Cell(data="digits", novel="0", model="AE", n_layers=4, seed=seed) for seed in range(4)]
+    again = Results(path, METRICS)
+    assert again.missing(cells) == cells[2:]
+    runner.run(cells, again, work=work)
+    assert ran(folder) == [2, 3]
+
+
+def test_estimate_grows_with_the_work() -> None:
+    short, long = cell(training={"epochs": 2, "batch_size": 32}), cell(training={"epochs": 200, "batch_size": 32})
+    assert 20 * runner.estimate([short], 1) < runner.estimate([long], 1)
+    assert runner.estimate([], 2) == 0.0
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (200, "3 min"), (9000, "2.5 h")])
+def test_duration(seconds: float, text: str) -> None:
+    assert runner.duration(seconds) == text

@@ -1,0 +1,88 @@
+"""A cell's work on the embedded digits: repeatable, and told apart by its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rvae_fast.datasets.cache import load_arrays
+from rvae_fast.experiments.experiment import VARIANTS, Settings
+from rvae_fast.experiments.scores import all_scores
+from rvae_fast.experiments.work import metric_names, run_cell, spike, steps_file
+from rvae_fast.models import RVAE
+
+from .conftest import cell
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    return {k: v for k, v in run_cell(cell(**changes)).items() if not k.endswith("seconds")}
+
+
+def test_a_cell_is_repeatable_and_has_every_metric() -> None:
+    before = torch.get_rng_state()
+    found = result(model="RVAE", order="pre", scores=("reconstruction", "sap", "nap"))
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = set(metric_names(("reconstruction", "sap", "nap"))) - {"seconds", "cpu_seconds"}
+    assert found.keys() == expected
+    assert found["train_rows"] == 200
+    assert found == result(model="RVAE", order="pre", scores=("reconstruction", "sap", "nap"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"novel": "1"}, {"setting": "unimodal", "rows": 100}, {"noise": 0.2}, {"members": 2}]
+)
+def test_every_part_of_a_cell_counts(change: dict[str, Any]) -> None:
+    assert result(**change)["auroc_reconstruction"] != result()["auroc_reconstruction"]
+
+
+def test_steps_are_kept(folder: Path) -> None:
+    own = cell(steps=True)
+    found = run_cell(own, str(folder))
+    arrays = load_arrays(steps_file(folder, own))
+    assert len(arrays["grad_norm"]) == len(arrays["loss"]) == found["steps"]
+    assert arrays["grad_norm"].max() == pytest.approx(found["max_grad_norm"])
+
+
+def test_variants_change_every_cell() -> None:
+    cells = [cell(model="RVAE", order="pre")]
+    for name in VARIANTS:
+        (varied,) = Settings(data=("digits",), seeds=1, variant=name).vary(cells)
+        assert varied.variant == name
+        assert varied.recipe != cells[0].recipe
+        assert varied.network.items() >= cells[0].network.items()
+    (varied,) = Settings(data=("digits",), seeds=1, variant="kl-warm-up").vary([cell(training={"epochs": 8})])
+    assert varied.training["kld_warmup_epochs"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [(np.ones(100), 1.0), (np.r_[np.ones(50), 30.0, np.ones(50)], 30.0), (np.ones(5), 0.0),
+     (np.r_[np.full(5, 99.0), np.ones(60)], 1.0)],
+)  # fmt: skip
+def test_spike_is_measured_in_running_medians(values: np.ndarray, expected: float) -> None:
+    assert spike(values) == expected
+
+
+def test_scores_by_name() -> None:
+    torch.manual_seed(0)
+    model = RVAE(16, latent_features=4, n_layers=4).eval()
+    rng = np.random.default_rng(0)
+    train, validation, test = (rng.uniform(size=(n, 16)).astype(np.float32) for n in (80, 40, 20))
+    test[:10] += 3.0
+    names = ("reconstruction", "elbo", "pixel", "samples", "sap/units", "nap-", "rank")
+    scored = all_scores(model, names, train, validation, test, 0)
+    assert list(scored) == list(names)
+    for name, (normal, tested) in scored.items():
+        assert normal.shape == (40,)
+        assert tested.shape == (20,)
+        assert np.isfinite(tested).all()
+        assert tested[:10].mean() > tested[10:].mean(), name
+    assert (scored["elbo"][1] > scored["reconstruction"][1]).all()  # the KL divergence is positive
+    again = all_scores(model, names, train, validation, test, 0)
+    np.testing.assert_array_equal(again["samples"][1], scored["samples"][1])
+    with pytest.raises(ValueError, match="unknown score 'sap/layers'"):
+        all_scores(model, ("sap/layers",), train, validation, test, 0)
