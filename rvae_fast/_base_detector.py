@@ -15,16 +15,14 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Outlier
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
 
 from rvae_fast import _detector_options as options
 from rvae_fast._precision import resolve_device
 from rvae_fast._validation import check_choice, check_finite, check_table, check_unit_range, name_columns
 from rvae_fast.models import Autoencoder
-from rvae_fast.pathway import reconstruct
 from rvae_fast.preprocessing import chunks, fit_scaler, scaled_table
 from rvae_fast.rapp import fit_nap, nap_parts, sap_parts
-from rvae_fast.scoring import map_rows, score_parts
+from rvae_fast.scoring import network_rows, score_parts
 from rvae_fast.training import train
 
 
@@ -162,18 +160,15 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
 
     def transform(self, X: Any) -> NDArray[Any]:
         """The code of each row ``[n_rows, latent_features]`` (for a VAE its mean), fp32 for fp32 input, else fp64."""
-
-        def encode(rows: Tensor) -> Tensor:
-            code = self.model_.encode(rows)
-            return code[0] if isinstance(code, tuple) else code
-
         table = self._check(X)
-        return self._map(table, encode).astype(np.float32 if table.dtype == np.float32 else np.float64, copy=False)
+        return self._network(table, "latent").astype(
+            np.float32 if table.dtype == np.float32 else np.float64, copy=False
+        )
 
     def reconstruct(self, X: Any) -> NDArray[np.float64]:
         """What the network makes of each row ``[n_rows, n_features]``, in the units of ``X``."""
         table = self._check(X)
-        return self.scaler_.inverse_transform(self._map(table, self._reconstruct))
+        return self.scaler_.inverse_transform(self._network(table, "reconstruction"))
 
     def feature_errors(self, X: Any, *, units: str = "input") -> NDArray[np.float64]:
         """Error of each value: which columns make a row anomalous.
@@ -191,21 +186,14 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         """
         check_choice("units", units, ("input", "score"))
         table = self._check(X)
+        if units == "score":
+            return self._network(table, "feature_error")
         errors = np.empty(table.shape)
         start = 0
         for scaled in self._scaled_parts(table):
-            seen = map_rows(self.model_, scaled, self._reconstruct, **self._network_options())
-            part = errors[start : start + len(seen)]
+            seen = network_rows(self.model_, scaled, "reconstruction", **self._network_options())
+            np.multiply(np.abs(seen - scaled), self.scaler_.scale, out=errors[start : start + len(seen)])
             start += len(seen)
-            if units == "input":
-                np.multiply(np.abs(seen - scaled), self.scaler_.scale, out=part)
-            elif self.likelihood == "squared":
-                np.square(seen - scaled, out=part)
-            elif self.likelihood == "absolute":
-                np.abs(seen - scaled, out=part)
-            else:
-                seen = seen.clip(1e-7, 1 - 1e-7)
-                part[...] = -(scaled * np.log(seen) + (1 - scaled) * np.log1p(-seen))
         return errors
 
     @property
@@ -260,12 +248,9 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
             # The cross-entropy of a target outside [0, 1] is not bounded below: beyond the range seen is its edge.
             yield scaled.clip(0.0, 1.0) if self.likelihood == "bernoulli" else scaled
 
-    def _map(self, table: NDArray[Any], function: Any) -> NDArray[np.float64]:
+    def _network(self, table: NDArray[Any], result: str) -> NDArray[np.float64]:
         options = self._network_options()
-        return np.concatenate([map_rows(self.model_, part, function, **options) for part in self._scaled_parts(table)])
-
-    def _reconstruct(self, rows: Tensor) -> Tensor:
-        return reconstruct(self.model_, rows)
+        return np.concatenate([network_rows(self.model_, p, result, **options) for p in self._scaled_parts(table)])
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "offset_")

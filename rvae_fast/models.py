@@ -249,6 +249,14 @@ class Autoencoder(nn.Module):
         )
         return error, none_or_kld if kld is None else kld
 
+    def feature_errors(self, x: Tensor) -> Tensor:
+        """What each value adds to its row's reconstruction error ``[batch, in_features]``."""
+        raw = self._forward(x)[0]
+        if self.likelihood == "bernoulli":
+            return F.binary_cross_entropy_with_logits(raw.to(x.dtype), x, reduction="none")
+        difference = raw.to(x.dtype) - x
+        return difference.square() if self.likelihood == "squared" else difference.abs()
+
     def loss(self, x: Tensor, kld_weight: float = 1.0) -> Tensor:
         """Training loss: the mean over rows of error + ``kld_weight`` * KL (the negative ELBO up to constants).
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from rvae_fast import _native
 from rvae_fast._activations import ACTIVATIONS, Activation
-from rvae_fast.models import Autoencoder
-from rvae_fast.nn import ResidualBlock, ResidualStack
+from rvae_fast.models import MODELS, Autoencoder
+from rvae_fast.nn import ResidualBlock, ResidualStack, Transition
 from rvae_fast.ops.residual_stack import HAS_BF16_PRODUCTS
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -35,7 +35,9 @@ _library.define(
     "float high, str likelihood, int activation, float negative_slope, bool bf16, bool want_kld, bool want_latent, "
     "bool want_reconstruction, bool want_feature_error) -> Tensor[]"
 )
-_library.define("score_pack(Tensor weight, bool bf16) -> Tensor")
+_library.define("score_pack(Tensor[] weights, bool bf16) -> Tensor")
+_library.define("score_products(Tensor program, Tensor weights, int rows, bool bf16) -> ()")
+_library.define("score_state(Tensor[] tensors) -> int")
 _score_op = torch.ops.rvae_fast.score.default
 _pack_op = torch.ops.rvae_fast.score_pack.default
 
@@ -63,7 +65,7 @@ class Scores(NamedTuple):
 
 @dataclass
 class _Step:
-    """One step; tensors are fp64 until the program is written."""
+    """One step; vectors, and weights once something is folded into them, are fp64 until the program is written."""
 
     width: int
     weight: Tensor | None = None
@@ -177,13 +179,7 @@ class Scorer:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
             error, divergence = model.loss_terms(x)
             out = model(x)
-        features = None
-        if feature_error:
-            if self._likelihood == "bernoulli":
-                features = nn.functional.binary_cross_entropy(out.reconstruction.to(x.dtype), x, reduction="none")
-            else:
-                d = out.reconstruction.to(x.dtype) - x
-                features = d.square() if self._likelihood == "squared" else d.abs()
+            features = model.feature_errors(x) if feature_error else None
         return Scores(
             error.float(),
             divergence.float() if kld else None,
@@ -253,18 +249,36 @@ def freezable(model: nn.Module, precision: str = "auto") -> bool:
 
 
 def _covers(model: Autoencoder) -> bool:
-    """Whether the kernels run this model: all of it fp32 (a copy goes to the CPU) and of modules that they know."""
-    if not _HAS_KERNELS:
+    """Whether the kernels run this model: one of the package's own, all of it fp32 (a copy goes to the CPU), of modules
+    that they know with the options that the model was made with, and no hook waiting for one of them to be called."""
+    if not _HAS_KERNELS or type(model) not in MODELS.values():
         return False
     if any(t.dtype != torch.float32 for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()):
         return False
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return False
+    config = model.config()
+    same = {name: config[name] for name in ("activation", "negative_slope")}
     for module in (*model.encoder, *model.decoder):
         if type(module) is ResidualStack:
-            if not all(type(block) is ResidualBlock for block in module):
+            for block in module:
+                if type(block) is not ResidualBlock or block.order != config["order"] or not _has(block, same):
+                    return False
+                if not all(type(m) in _LAYERS for m in (*block.norms, *block.linears)):
+                    return False
+        elif type(module) is Activation:
+            if not _has(module, same):
                 return False
-        elif not isinstance(module, (nn.Linear, nn.BatchNorm1d, Activation)):
+        elif type(module) not in _LAYERS:
             return False
     return True
+
+
+_LAYERS = (nn.Linear, Transition, nn.BatchNorm1d)
+
+
+def _has(module: nn.Module, options: dict[str, Any]) -> bool:
+    return all(getattr(module, name) == value for name, value in options.items())
 
 
 # --- from modules to steps ---
@@ -272,16 +286,20 @@ def _covers(model: Autoencoder) -> bool:
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """A BatchNorm in eval as ``x * scale + shift``, in fp64."""
-    scale = 1.0 / torch.sqrt(norm.running_var.double() + norm.eps)
+    scale = 1.0 / torch.sqrt(_double(norm.running_var) + norm.eps)
     if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()
+        scale = scale * _double(norm.weight)
+    shift = -_double(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + _double(norm.bias)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def _linear(linear: Any) -> _Step:
-    bias = None if linear.bias is None else linear.bias.double()
-    return _Step(linear.weight.shape[0], linear.weight.double(), bias)
+    bias = None if linear.bias is None else _double(linear.bias)
+    return _Step(linear.weight.shape[0], linear.weight.detach().cpu(), bias)
 
 
 def _append_unit(steps: list[_Step], block: Any) -> None:
@@ -303,7 +321,6 @@ def _append_unit(steps: list[_Step], block: Any) -> None:
 
 @torch.no_grad()
 def _steps(model: Autoencoder) -> list[_Step]:
-    model = copy.deepcopy(model).cpu()
     steps = [_Step(model.in_features)]
     for part in (model.encoder, model.decoder):
         for module in part:
@@ -327,7 +344,7 @@ def _steps(model: Autoencoder) -> list[_Step]:
 def _write(steps: list[_Step], bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The program [steps, 11], the packed weights, and the vectors, each padded with zeros to whole panels of 32."""
     rows: list[list[int]] = []
-    packed: list[Tensor] = []
+    weights: list[Tensor] = []
     vectors: list[Tensor] = []
     sizes = [0, 0]
 
@@ -343,9 +360,15 @@ def _write(steps: list[_Step], bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
         reads, weight = 0, -1
         if step.weight is not None:
             reads, weight = step.weight.shape[1], sizes[0]
-            packed.append(_pack_op(step.weight.float(), bf16))
-            sizes[0] += packed[-1].numel()
+            weights.append(step.weight.float())
+            sizes[0] += _packed_words(weights[-1], bf16)
         flags = (step.add, step.first, step.store, step.last, step.is_code)
         offsets = (put(step.bias), put(step.scale), put(step.shift))
         rows.append([reads, step.width, weight, *offsets, *(int(flag) for flag in flags)])
-    return torch.tensor(rows), torch.cat(packed), torch.cat(vectors) if vectors else torch.zeros(0)
+    return torch.tensor(rows), _pack_op(weights, bf16), torch.cat(vectors) if vectors else torch.zeros(0)
+
+
+def _packed_words(weight: Tensor, bf16: bool) -> int:
+    """32-bit words of a packed weight ``[out, in]``: panels of 32 outputs, each whole lines of 16 along ``in``."""
+    reduced = -(-weight.shape[1] // 2) if bf16 else weight.shape[1]
+    return -(-weight.shape[0] // 32) * 32 * (reduced + -reduced % 16)

@@ -1,8 +1,11 @@
-"""Rows to anomaly scores, in chunks: no more than one chunk of a table is ever copied.
+"""Rows to anomaly scores, codes, reconstructions or errors, in chunks: no more than one chunk of a table is copied.
 
-A row's score does not depend on the rows it came with. Matrix products pick another kernel, and with it another order
-of summation, for a handful of rows; so a batch is padded to a multiple of :data:`ROW_TILE` rows before it enters the
-network, after which a row alone and the same row among thousands meet the same kernel.
+On the CPU the rows go through the model's frozen scorer (:mod:`rvae_fast.scorer`), which is made at the first call and
+kept as long as the weights stay (:mod:`rvae_fast._frozen`, which also says which models have none and run themselves).
+
+A row's result does not depend on the rows it came with. The scorer sees to that itself. In a model's own forward matrix
+products pick another kernel, and with it another order of summation, for a handful of rows; so a batch is padded there
+to a multiple of :data:`ROW_TILE` rows, after which a row alone and the same row among thousands meet the same kernel.
 """
 
 from __future__ import annotations
@@ -16,16 +19,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rvae_fast._frozen import frozen
 from rvae_fast._validation import check_choice
+from rvae_fast.models import in_eval
+from rvae_fast.pathway import reconstruct
 from rvae_fast.preprocessing import chunk_rows, chunks
+from rvae_fast.scorer import Scorer
 
-#: Batches are padded to a multiple of so many rows (repeating the last one).
+#: Batches that a model runs itself are padded to a multiple of so many rows (repeating the last one).
 ROW_TILE = 32
 
-#: Rows that go through the network at once.
+#: Rows that a model runs at once.
 BATCH_ROWS = 4096
 
 PRECISIONS = ("auto", "fp32", "bf16")
+
+#: What :func:`network_rows` can be asked for.
+RESULTS = ("score", "latent", "reconstruction", "feature_error")
 
 
 def score_rows(
@@ -46,14 +56,14 @@ def score_rows(
     x : ndarray, memory map or Tensor [n, in_features], or an iterable of such chunks
         In the model's units (a detector scales; this does not).
     batch_size : int, default 4096
-        Rows that go through the network at once.
+        Rows that go through the network at once, where the model runs itself.
     kld_weight : float, default 0.0
         1.0 adds a VAE's KL divergence to the reconstruction error.
     device : str or torch.device, optional
         Where to score; the model is moved there. By default where the model is.
     precision : {"auto", "fp32", "bf16"}, default "auto"
-        ``"bf16"`` runs the network under autocast. ``"auto"`` is fp32: a small reconstruction error is the difference
-        of two nearly equal numbers, of which bf16 keeps three digits.
+        Of the network's matrix products. ``"auto"`` is fp32: a small reconstruction error is the difference of two
+        nearly equal numbers, of which bf16 keeps three digits.
 
     Returns
     -------
@@ -78,15 +88,82 @@ def score_parts(
     precision: str = "auto",
 ) -> Iterator[NDArray[np.float64]]:
     """:func:`score_rows` as a generator: one array of scores per chunk of ``x``."""
-
-    def score(rows: Tensor) -> Tensor:
-        return model.anomaly_score(rows, kld_weight=kld_weight)  # type: ignore[operator,no-any-return]
-
     for part in _parts(x):
-        scores = map_rows(model, part, score, batch_size=batch_size, device=device, precision=precision)
+        scores = network_rows(
+            model, part, "score", kld_weight=kld_weight, batch_size=batch_size, device=device, precision=precision
+        )
         # An overflow is inf, or inf - inf; both mean that the network has never seen anything like this row.
         scores[np.isnan(scores)] = np.inf
         yield scores
+
+
+def network_rows(
+    model: nn.Module,
+    x: Any,
+    result: str,
+    *,
+    kld_weight: float = 0.0,
+    batch_size: int = BATCH_ROWS,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> NDArray[np.float64]:
+    """What the network makes of each row of a table, through the frozen scorer where there is one.
+
+    Parameters
+    ----------
+    model, kld_weight, batch_size, device, precision
+        As :func:`score_rows`'s.
+    x : ndarray, memory map or Tensor [n, in_features]
+    result : {"score", "latent", "reconstruction", "feature_error"}
+
+    Returns
+    -------
+    ndarray [n] (scores), [n, latent_features] (codes) or [n, in_features], float64
+    """
+    check_choice("result", result, RESULTS)
+    at = _check(model, x, batch_size, device, precision)
+    scorer = frozen(model, precision) if at.type == "cpu" else None
+    if scorer is not None:
+        return _by_scorer(scorer, x, result, kld_weight)
+
+    def by_model(rows: Tensor) -> Tensor:
+        net: Any = model
+        if result == "score":
+            return net.anomaly_score(rows, kld_weight=kld_weight)  # type: ignore[no-any-return]
+        with in_eval(net):
+            if result == "feature_error":
+                return net.feature_errors(rows)  # type: ignore[no-any-return]
+            if result == "reconstruction":
+                return reconstruct(net, rows)
+            code = net.encode(rows)
+            return code[0] if isinstance(code, tuple) else code
+
+    return map_rows(model, x, by_model, batch_size=batch_size, device=at, precision=precision)
+
+
+def _by_scorer(scorer: Scorer, x: Any, result: str, kld_weight: float) -> NDArray[np.float64]:
+    rows = _batch(x, torch.device("cpu"), torch.float32)
+    if result == "score":
+        out = scorer(rows, kld_weight)
+    else:
+        out = getattr(scorer.detailed(rows, **{result: True}), result)
+    return out.double().numpy()
+
+
+def _check(
+    model: nn.Module, x: Any, batch_size: int, device: str | torch.device | None, precision: str
+) -> torch.device:
+    """Check the arguments and move the model to the device, which is returned."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    check_choice("precision", precision, PRECISIONS)
+    own = next(model.parameters()).device
+    at = own if device is None else torch.device(device)
+    if at != own:
+        model.to(at)
+    if x.ndim != 2 or x.shape[1] != model.in_features:
+        raise ValueError(f"x must have shape [n, {model.in_features}], got {list(x.shape)}")
+    return at
 
 
 def map_rows(
@@ -104,14 +181,7 @@ def map_rows(
     ``function`` sees fp32 batches on ``device``, a multiple of ``row_tile`` rows each; the padding's results are
     dropped. Returns a float64 array ``[n, ...]``.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-    check_choice("precision", precision, PRECISIONS)
-    at = next(model.parameters()).device if device is None else torch.device(device)
-    model.to(at)
-    width = model.in_features
-    if x.ndim != 2 or x.shape[1] != width:
-        raise ValueError(f"x must have shape [n, {width}], got {list(x.shape)}")
+    at = _check(model, x, batch_size, device, precision)
     dtype = next(model.parameters()).dtype
     out: NDArray[np.float64] | None = None
     cast = torch.autocast(at.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
@@ -132,8 +202,10 @@ def map_rows(
 def _batch(rows: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     if isinstance(rows, Tensor):
         return rows.detach().to(device=device, dtype=dtype)
-    # A copy: torch warns about read-only arrays, and a memory map must not be held.
-    return torch.from_numpy(np.array(rows, dtype=np.float64 if dtype == torch.float64 else np.float32)).to(device)
+    wanted = np.float64 if dtype == torch.float64 else np.float32
+    # Torch warns about read-only arrays and refuses negative strides; a plain array is taken as it is.
+    as_is = rows.dtype == wanted and rows.flags.c_contiguous and rows.flags.writeable
+    return torch.from_numpy(rows if as_is else np.array(rows, dtype=wanted, order="C")).to(device)
 
 
 def _parts(x: Any) -> Iterator[Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import resource
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -109,11 +112,83 @@ def test_bf16_ranks_as_fp32_does(kind: Any) -> None:
     assert torch.corrcoef(torch.stack([ranks(scores), ranks(exact)]))[0, 1] >= 0.9999
 
 
-def test_a_row_scores_the_same_alone_and_among_others() -> None:
-    scorer, x = freeze(make()), torch.randn(300, 33)
-    together = scorer(x)
-    for i in (0, 99, 299):
-        assert torch.equal(scorer(x[i : i + 1])[0], together[i])
+ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 65, 95, 96, 97, 100, 191, 192, 193, 200, 289]
+
+
+def every_part(scorer: Any, x: Tensor) -> list[Tensor]:
+    return list(scorer.detailed(x, kld=True, latent=True, reconstruction=True, feature_error=True))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("features", [1, 31, 65, 100, 257, 1000])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_a_row_is_the_same_bit_for_bit_whatever_rows_are_beside_it(precision: str, features: int, threads: int) -> None:
+    scorer, x = freeze(make(RVAE, features), precision), torch.randn(290, features)
+    before = torch.get_num_threads()
+    whole = every_part(scorer, x)
+    try:
+        torch.set_num_threads(threads)
+        for n in ROWS:
+            start = 7 * n % (290 - n)
+            for part, of_whole in zip(every_part(scorer, x[start : start + n]), whole, strict=True):
+                assert torch.equal(part, of_whole[start : start + n]), n
+        assert torch.equal(torch.cat([scorer(row[None]) for row in x]), whole[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_row_overflowing_leaves_its_neighbours_alone() -> None:
+    scorer, x = freeze(make(RVAE, 65)), torch.randn(100, 65)
+    whole = scorer(x)
+    x[[3, 50]] = torch.tensor([[1e38], [float("nan")]])
+    others = torch.arange(100)[[i not in (3, 50) for i in range(100)]]
+    assert torch.equal(scorer(x)[others], whole[others])
+
+
+SETTINGS = [{"RVAE_FAST_CPU_ISA": isa} for isa in ("portable", "avx2", "avx512")]
+SETTINGS += [{"ONEDNN_MAX_CPU_ISA": "SSE41"}, {"ONEDNN_MAX_CPU_ISA": "SSE41", "RVAE_FAST_CPU_ISA": "avx2"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(settings.values()))
+def test_other_instruction_sets(settings: dict[str, str]) -> None:
+    """Those this machine has: the kernels chosen, and PyTorch's own products taken away from under them."""
+    program = """
+import torch
+from rvae_fast import RVAE, freeze
+torch.manual_seed(0)
+model = RVAE(65, 5, n_layers=5, init="default").eval()
+x, scorer = torch.randn(203, 65), freeze(model, "fp32")
+whole = scorer(x)
+torch.testing.assert_close(whole, model.anomaly_score(x), rtol=1e-4, atol=1e-4)
+assert all(torch.equal(scorer(x[:n]), whole[:n]) for n in (1, 2, 3, 5, 13, 97, 150))
+print(torch.ops.rvae_fast.cpu_kernel_isa())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if settings.get("RVAE_FAST_CPU_ISA") == "portable":
+        assert done.stdout.strip() == "portable"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_scores_after_its_parent_did() -> None:
+    """OpenMP's threads do not survive a fork: in PyTorch's own parallel regions such a child hangs."""
+    program = """
+import os, signal, torch
+from rvae_fast import RVAE, freeze
+torch.set_num_threads(2)
+scorer, x = freeze(RVAE(33, 5, n_layers=5).eval()), torch.randn(500, 33)
+before = scorer(x)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if torch.equal(scorer(x), before) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(scorer(x), before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_inputs() -> None:

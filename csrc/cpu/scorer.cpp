@@ -1,13 +1,18 @@
 // A frozen network, from rows to scores in one call: a thread takes a tile of rows through every layer, and the tile's
 // operands, residual stream and strips stay in its core's cache; nothing of the size of the batch is written unless it is
-// asked for. BatchNorms are folded and weights packed beforehand (rvae_fast/freeze.py builds the program).
+// asked for. BatchNorms are folded and weights packed beforehand (rvae_fast/scorer.py builds the program).
 //
-// The op has no state, so any number of threads may score at once with one program.
+// The op has no state, so any number of threads may score at once with one program. What is computed for a row does not
+// depend on the rows beside it: the elementwise steps are per row, and products add up a row's terms in one order however
+// many rows there are (brgemm does; where torch has none, our own kernel does).
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <pthread.h>
+
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <string_view>
@@ -41,6 +46,45 @@ struct Network {
   const float* vector(int64_t step, Field f) const { return field(step, f) < 0 ? nullptr : vectors + field(step, f); }
 };
 
+// Whether the fp32 products that torch carries treat a row alone as they treat it among others. A plain GEMM, which is
+// what they are where there are no micro-kernels, has other ways for a handful of rows.
+bool rows_are_independent() {
+  static const bool independent = [] {
+    constexpr int64_t rows = 96, k = 203;
+    std::vector<float> a(rows * k), b(k * kPanel), all(rows * kPanel), few(rows * kPanel);
+    uint32_t state = 1;
+    const auto random = [&state] { return static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.0f; };
+    for (float& value : a) value = random();
+    for (float& value : b) value = random();
+    multiply(Kind::f32, rows, k, a.data(), k, b.data(), kPanel, all.data(), false);
+    for (const int64_t n : {1, 2, 3, 4, 8, 12, 40}) {
+      multiply(Kind::f32, n, k, a.data(), k, b.data(), kPanel, few.data(), false);
+      if (std::memcmp(few.data(), all.data(), n * kPanel * sizeof(float)) != 0) return false;
+    }
+    return true;
+  }();
+  return independent;
+}
+
+// strip[rows, 32] = operand[rows, reduced] * panel[reduced, 32]; there is room for four rows more than there are.
+void product(Kind kind, int64_t rows, int64_t reduced, const void* operand, int64_t ld, const uint32_t* panel, float* strip) {
+  if (kind == Kind::f32 && !rows_are_independent()) {
+    return kernels().score_product(rows, reduced, static_cast<const float*>(operand), ld, reinterpret_cast<const float*>(panel),
+                                   strip);
+  }
+  multiply(kind, rows <= 4 ? rows : padded_rows(rows), reduced, operand, ld, panel, kPanel, strip, /*add=*/false);
+}
+
+// After a fork OpenMP's threads are gone and its next parallel region would wait for them for ever: a child scores alone.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+template <class F>
+void for_chunks(const Partition& part, F f) {
+  if (!forked) return part.for_chunks(f);
+  for (int64_t chunk = 0; chunk < part.chunks; ++chunk) f(chunk);
+}
+
 struct Outputs {
   float *error, *kld, *latent, *reconstruction, *feature_error;  // nullptr where not asked for; `error` always
 };
@@ -59,6 +103,17 @@ class Tile {
     scratch_.allocate();
     // Rows that pad a tile take part in products: let them be numbers.
     for (const auto offset : operands_) std::memset(scratch_.get<char>(offset), 0, rows * stride_ * size_of(n_.kind));
+  }
+
+  // The products alone, of whatever is in the operands: what a benchmark holds the rest against.
+  void run_products(int64_t rows) {
+    for (int64_t s = 1; s < n_.steps; ++s) {
+      const int64_t in = n_.field(s, kIn), reduced = n_.kind == Kind::f32 ? in : round_up(in, 2);
+      for (int64_t panel = 0; panel * kPanel < n_.field(s, kOut); ++panel) {
+        product(n_.kind, rows, reduced, scratch_.get<char>(operands_[(s + 1) % 2]), stride_,
+                n_.weights + n_.field(s, kWeight) + panel * panel_words(in, n_.kind), scratch_.get<float>(strip_));
+      }
+    }
   }
 
   void run(const float* x, int64_t rows, const Outputs& out) {
@@ -95,7 +150,7 @@ class Tile {
         k.load_strip({x + column, Kind::f32}, rows, columns, width, strip);
       } else {
         const uint32_t* panel = n_.weights + n_.field(s, kWeight) + column / kPanel * panel_words(in, n_.kind);
-        multiply(n_.kind, rows <= 4 ? rows : padded_rows(rows), reduced, operand, stride_, panel, kPanel, strip, /*add=*/false);
+        product(n_.kind, rows, reduced, operand, stride_, panel, strip);
       }
       p.bias = at(n_.vector(s, kBias), column);
       p.scale = at(n_.vector(s, kScale), column);
@@ -174,7 +229,7 @@ std::vector<at::Tensor> score(const at::Tensor& x, const at::Tensor& program, co
     const auto at_row = [](const at::Tensor& t, bool wanted, int64_t row, int64_t columns) {
       return wanted ? t.data_ptr<float>() + row * columns : nullptr;
     };
-    part.for_chunks([&](int64_t chunk) {
+    for_chunks(part, [&](int64_t chunk) {
       Tile tile(n, round_up(part.most_rows(), 4));
       for (int64_t t = part.first_tile(chunk); t < part.first_tile(chunk + 1); ++t) {
         const int64_t row = part.begin(t);
@@ -189,26 +244,76 @@ std::vector<at::Tensor> score(const at::Tensor& x, const at::Tensor& program, co
   return {error, kld, code, reconstruction, feature_error};
 }
 
-// A weight [out, in] as the words that `score` reads.
-at::Tensor score_pack(const at::Tensor& weight, bool bf16) {
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kFloat, "score_pack: weight must be a float32 matrix");
-  const at::Tensor w = weight.contiguous();
+// The products of `score` alone, for `rows` rows that are all zero: the floor that the benchmarks name.
+void score_products(const at::Tensor& program, const at::Tensor& weights, int64_t rows, bool bf16) {
+  Network n{};
+  n.program = program.const_data_ptr<int64_t>();
+  n.steps = program.size(0);
+  n.weights = reinterpret_cast<const uint32_t*>(weights.const_data_ptr<int32_t>());
+  n.kind = bf16 ? Kind::bf16 : Kind::f32;
+  const Partition part(rows, kTileRows);
+  for_chunks(part, [&](int64_t chunk) {
+    Tile tile(n, round_up(part.most_rows(), 4));
+    for (int64_t t = part.first_tile(chunk); t < part.first_tile(chunk + 1); ++t) tile.run_products(part.count(t));
+    release_products(n.kind);
+  });
+}
+
+// The words that `score` reads of a network's weights [out, in], one after another; in huge pages, because scoring one row
+// is reading them all.
+at::Tensor score_pack(at::TensorList matrices, bool bf16) {
   const Kind kind = bf16 ? Kind::bf16 : Kind::f32;
-  const int64_t out = w.size(0), in = w.size(1), panels = round_up(out, kPanel) / kPanel, words_each = panel_words(in, kind);
-  at::Tensor packed = at::zeros({panels * words_each}, w.options().dtype(at::kInt));
-  std::vector<uint32_t> scratch(words_each);
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    pack_forward(w.const_data_ptr<float>(), out, in, panel, kind,
-                 reinterpret_cast<uint32_t*>(packed.data_ptr<int32_t>()) + panel * words_each, scratch.data());
+  const auto words_of = [kind](const at::Tensor& w) { return round_up(w.size(0), kPanel) / kPanel * panel_words(w.size(1), kind); };
+  int64_t total = 0, most = 0;
+  for (const at::Tensor& w : matrices) {
+    TORCH_CHECK_VALUE(w.dim() == 2 && w.scalar_type() == at::kFloat, "score_pack: weights must be float32 matrices");
+    total += words_of(w);
+    most = std::max(most, panel_words(w.size(1), kind));
+  }
+  at::Tensor packed = empty_large({total}, at::TensorOptions().dtype(at::kInt)).zero_();
+  auto* words = reinterpret_cast<uint32_t*>(packed.data_ptr<int32_t>());
+  std::vector<uint32_t> scratch(most);
+  for (const at::Tensor& matrix : matrices) {
+    const at::Tensor w = matrix.contiguous();
+    const int64_t out = w.size(0), in = w.size(1);
+    for (int64_t panel = 0; panel * kPanel < out; ++panel, words += panel_words(in, kind)) {
+      pack_forward(w.const_data_ptr<float>(), out, in, panel, kind, words, scratch.data());
+    }
   }
   return packed;
+}
+
+// A number that changes when a tensor gets another place in memory, when autograd counts a write to it, and, likely, when
+// it is written past that count: up to 16 of its words, evenly spread, are part of it.
+int64_t score_state(at::TensorList tensors) {
+  constexpr int64_t kSampled = 16;
+  uint64_t state = 0xcbf29ce484222325u;
+  const auto mix = [&state](uint64_t value) { state = (state ^ value) * 0x9e3779b97f4a7c15u, state ^= state >> 32; };
+  for (const at::Tensor& t : tensors) {
+    mix(reinterpret_cast<uintptr_t>(t.const_data_ptr()));
+    mix(t.unsafeGetTensorImpl()->version_counter().current_version());
+    if (!t.is_cpu() || !t.is_contiguous()) continue;
+    const auto* bytes = static_cast<const char*>(t.const_data_ptr());
+    const int64_t words = static_cast<int64_t>(t.nbytes()) / 4, sampled = std::min(words, kSampled);
+    for (int64_t i = 0; i < sampled; ++i) {
+      uint32_t word;
+      std::memcpy(&word, bytes + words * i / sampled * 4, 4);
+      mix(word);
+    }
+  }
+  return static_cast<int64_t>(state);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rvae_fast, CPU, m) {
   m.impl("score", score);
+}
+
+TORCH_LIBRARY_IMPL(rvae_fast, CompositeExplicitAutograd, m) {
+  m.impl("score_products", score_products);
   m.impl("score_pack", score_pack);
+  m.impl("score_state", score_state);
 }
 
 }  // namespace rvae::cpu::stack

@@ -12,6 +12,29 @@ using rvae::cpu::stack::kPanel;
 using rvae::cpu::stack::ScoreError;
 using rvae::cpu::stack::ScoreStep;
 
+template <int R>
+void score_product_rows(int64_t reduced, const float* a, int64_t ld, const float* b, float* c) {
+  constexpr int vectors = kPanel / kLanes;
+  vf sum[R][vectors] = {};
+  for (int64_t k = 0; k < reduced; ++k) {
+    for (int v = 0; v < vectors; ++v) {
+      const vf column = load(b + k * kPanel + v * kLanes, Full{});
+      for (int r = 0; r < R; ++r) sum[r][v] += splat(a[r * ld + k]) * column;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < vectors; ++v) store(c + r * kPanel + v * kLanes, sum[r][v], Full{});
+  }
+}
+
+// c[rows, 32] = a[rows, reduced] * b[reduced, 32], a row's terms added from first to last whatever the number of rows.
+void score_product(int64_t rows, int64_t reduced, const float* a, int64_t ld, const float* b, float* c) {
+  constexpr int at_once = kLanes == 16 ? 12 : kLanes == 8 ? 3 : 2;  // what the registers hold
+  int64_t r = 0;
+  for (; r + at_once <= rows; r += at_once) score_product_rows<at_once>(reduced, a + r * ld, ld, b, c + r * kPanel);
+  for (; r < rows; ++r) score_product_rows<1>(reduced, a + r * ld, ld, b, c + r * kPanel);
+}
+
 template <Activation A, class Operand>
 void score_step_rows(const ScoreStep& p) {
   const vf slope = splat(p.slope);
@@ -57,12 +80,16 @@ RVAE_INLINE vf log1p_unit(vf t) {
   return p * s;
 }
 
+// The terms are written over the strip and added up from there, whether or not somebody wants them: a term that is only
+// added may be contracted into a fused multiply-add, and a score must not depend on what else was asked for.
 template <class Term>
 void score_error_rows(const ScoreError& p, Term term) {
   for (int64_t r = 0; r < p.rows; ++r) {
+    float* const strip = p.strip + r * kPanel;
     vf sum{};
     for_columns(p.columns, [&](int64_t c, auto lanes) {
-      const vf e = inside(term(load(p.strip + r * kPanel + c, lanes), load(p.x + r * p.width + c, lanes)), lanes);
+      const vf e = inside(term(load(strip + c, lanes), load(p.x + r * p.width + c, lanes)), lanes);
+      store(strip + c, e, Full{});
       if (p.feature_error != nullptr) store(p.feature_error + r * p.width + c, e, lanes);
       sum += e;
     });

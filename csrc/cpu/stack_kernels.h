@@ -108,10 +108,11 @@ struct ScoreStep {
   int64_t ld_operand;
 };
 
-// error[row] += the reconstruction errors of this strip's columns; all matrices but the strip are [rows, width].
+// error[row] += the reconstruction errors of this strip's columns, which take the strip's place; all other matrices are
+// [rows, width].
 struct ScoreError {
   int64_t rows, columns, width;
-  const float* strip;
+  float* strip;
   const float* x;
   int likelihood;  // 0 squared, 1 absolute, 2 Bernoulli on logits
   float* error;
@@ -142,6 +143,7 @@ struct Kernels {
   void (*sum_tiles)(const float* values, int64_t tiles, int64_t stride, int64_t columns, double* out);
   void (*score_step)(const ScoreStep&);
   void (*score_error)(const ScoreError&);
+  void (*score_product)(int64_t rows, int64_t reduced, const float* a, int64_t ld, const float* b, float* c);
 };
 
 const Kernels* portable_kernels();
