@@ -198,16 +198,23 @@ class CudaDevice:
         return time.perf_counter()
 
 
-def step_graph(cuda_graph: bool | str, device: torch.device) -> StepGraph | None:
+def step_graph(cuda_graph: bool | str, device: torch.device, dtype: torch.dtype) -> StepGraph | None:
     """The :class:`StepGraph` for a ``cuda_graph`` option (True, False or "auto"), None where steps stay eager.
+
+    A model in fp64 stays eager: PyTorch's fused optimiser reads a learning rate on the device in fp32.
 
     Raises
     ------
     ValueError
-        For True on a device that has no CUDA graphs.
+        For True on a device that has no CUDA graphs, or for such a model.
     """
-    if cuda_graph is False or (device.type != "cuda" and cuda_graph == "auto"):
-        return None
+    why_not = None
     if device.type != "cuda":
-        raise ValueError(f"cuda_graph must be 'auto' or False on {device}, which has no CUDA graphs, got True")
+        why_not = f"on {device}, which has no CUDA graphs"
+    elif dtype == torch.float64:
+        why_not = f"for a model of {dtype}, whose learning rate a graph would round"
+    if cuda_graph is True and why_not is not None:
+        raise ValueError(f"cuda_graph must be 'auto' or False {why_not}, got True")
+    if cuda_graph is False or why_not is not None:
+        return None
     return StepGraph(cuda_graph is True, CudaDevice(device))

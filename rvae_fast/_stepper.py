@@ -64,10 +64,8 @@ class Stepper:
         self._immediate = sync_every == 1 and graph is None and rows.device.type != "cuda"
         self._learning_rate: Tensor | None = None
         self._kld_weight: Tensor | None = None
-        if graph is not None or rows.device.type == "cuda":
-            wide = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-            self._learning_rate = torch.zeros((), device=rows.device)
-            self._kld_weight = torch.zeros((), dtype=wide, device=rows.device)
+        if graph is not None or (rows.device.type == "cuda" and rows.dtype != torch.float64):
+            self._learning_rate, self._kld_weight = torch.zeros(2, device=rows.device).unbind()
 
     def step(self, step: int, group: Group) -> None:
         """Optimiser step ``step`` (from 0) on batches ``group`` of :attr:`order`.

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tape
 import torch
 from torch import Tensor
 
 from rvae_fast import _graphs, _training_run
 from rvae_fast._graphs import TIMED, WARMUP, StepGraph, step_graph
 from rvae_fast.training import NonFiniteError, TrainingConfig, train
-
-
-def _load_tape() -> Any:
-    spec = importlib.util.spec_from_file_location("tape", Path(__file__).with_name("tape.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tape"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tape = _load_tape()
 
 
 class Steps:
@@ -119,11 +105,15 @@ def test_invalidation_captures_again() -> None:
 
 
 def test_which_devices_have_graphs() -> None:
-    cpu = torch.device("cpu")
-    assert step_graph("auto", cpu) is None
-    assert step_graph(False, cpu) is None
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert step_graph("auto", cpu, torch.float32) is None
+    assert step_graph(False, cpu, torch.float32) is None
+    assert step_graph("auto", cuda, torch.float64) is None
+    assert step_graph(False, cuda, torch.float32) is None
     with pytest.raises(ValueError, match="cuda_graph must be 'auto' or False on cpu, which has no CUDA graphs"):
-        step_graph(True, cpu)
+        step_graph(True, cpu, torch.float32)
+    with pytest.raises(ValueError, match=r"cuda_graph must be 'auto' or False for a model of torch.float64"):
+        step_graph(True, cuda, torch.float64)
 
 
 def test_train_refuses_a_graph_on_the_cpu(model: Any, table: Any) -> None:
