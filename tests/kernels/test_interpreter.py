@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from interpreter import why_not
 
 FOLDER = Path(__file__).parent / "interpreted"
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
-
-
-def why_not() -> str | None:
-    """The reason the interpreter cannot run here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install rvae-fast[triton])"
-    version = importlib.metadata.version("triton")
-    triton_release, numpy_release = (tuple(map(int, re.findall(r"\d+", v)[:2])) for v in (version, np.__version__))
-    if triton_release < (3, 9) and numpy_release >= (2, 4):
-        return f"Triton {version} cannot interpret loops to run-time bounds with NumPy {np.__version__}; Triton 3.9 can"
-    return None
 
 
 def test_there_are_interpreted_tests() -> None:

@@ -1,0 +1,70 @@
+"""Tests that run on a CUDA device: every dtype, determinism, graphs, the compiler, one distributed rank.
+
+``make gpu`` starts them. Without a GPU they skip, saying so; with ``RVAE_FAST_GPU_TESTS_ON_CPU=1`` and
+``TRITON_INTERPRET=1`` those that a CPU can take run there, small, in Triton's interpreter: that proves the tests, not
+the kernels (``tests/kernels/test_gpu_suite.py`` does it).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rvae_fast
+
+ON_CPU = os.environ.get("RVAE_FAST_GPU_TESTS_ON_CPU") == "1" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The CUDA device; in a dry run the CPU; else the test is skipped."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if ON_CPU:
+        return torch.device("cpu")
+    return pytest.skip("needs a CUDA device; torch finds none")
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    """The CUDA device, for tests that nothing else can take."""
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device itself (graphs, streams, the compiler)")
+    return device
+
+
+@pytest.fixture
+def triton(device: torch.device) -> Iterator[torch.device]:
+    """The device, with the Triton kernels ordered: what they do not cover fails rather than running elsewhere."""
+    reason = rvae_fast._backend.available_backends()["triton"]
+    assert reason is None, reason
+    with rvae_fast.backend("triton"):
+        yield device
+
+
+@pytest.fixture(params=["fp32", "bf16", "fp16"])
+def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
+    """Each dtype that the kernels take; the interpreter cuts bf16 off where GPUs round."""
+    if device.type == "cpu" and request.param == "bf16":
+        pytest.skip("the interpreter does not round bf16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[request.param]
+
+
+@pytest.fixture
+def within() -> Any:
+    """The bound of every kernel: at most twice PyTorch's own error in the same dtype, plus 1e-6 of the scale."""
+
+    def check(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+        assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
+        assert exact.isfinite().all(), f"{name}: the test itself is not finite"
+        scale = max(1.0, float(exact.abs().max()))
+        bound = 2 * float((theirs.double() - exact).abs().max()) + 1e-6 * scale
+        error = float((ours.double() - exact).abs().max())
+        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"
+
+    return check
