@@ -4,6 +4,7 @@
 #   make demo DATA=mnist DIGIT=0 the same on MNIST's 70,000 images (fetched once)
 #   make test | lint | bench     the test suite; ruff and mypy; the benchmarks
 #   make data                    fetch the data sets into the cache folder
+#   make gpu                     on a machine with a GPU: test and measure what runs there, in eight minutes, without network
 #   make native                  recompile the native module in place (quick; for work on csrc/)
 #   make doctor                  say which fast paths this installation has, and why not the others
 #
@@ -110,6 +111,11 @@ test-sanitize: $(STAMP)/install $(STAMP)/extra-test
 	RVAE_FAST_NATIVE_DIR=$(CURDIR)/build/sanitize/rvae_fast ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest $(SANITIZE_TESTS) $(ARGS)
+
+# With $(PYTHON) as it is: nothing is downloaded, no venv is made. ARGS=--dry-run proves the scripts where there is no GPU.
+.PHONY: gpu
+gpu:
+	@$(PYTHON) build_tools/gpu_check.py $(ARGS)
 
 # The CUDA sources compile for every architecture that is shipped (needs nvcc, no GPU and no CUDA build of torch).
 check-cuda:

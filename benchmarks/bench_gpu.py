@@ -1,0 +1,241 @@
+"""Measure rvae-fast on a GPU against eager and torch.compile: ``python benchmarks/bench_gpu.py --budget 270``.
+
+Writes ``results/gpu-<device>.json`` and a table beside it, anew after every measurement, so that whenever it stops,
+what it measured is there. The most important cells come first (``gpu_cells.jobs``). Jobs run in a process of their own:
+one that hangs, crashes or compiles for too long is ended and recorded as such, and the next begins.
+
+``--dry-run`` runs everything on the CPU at toy sizes, with stand-ins for graphs and for the code generator: it proves
+the script, and its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+BEGAN = time.monotonic()  # importing torch is part of the budget
+
+import gpu_cells  # noqa: E402
+import gpu_floor  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+#: Seconds at the end that are kept for writing.
+RESERVE = 2.0
+
+
+# --- the worker: jobs by number, one line of JSON each ---
+
+
+def work(numbers: list[int], dry_run: bool) -> None:
+    """Run jobs and print what they found."""
+    import torch
+
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is no result
+    device = torch.device("cpu") if dry_run else torch.device("cuda", 0)
+    todo = gpu_cells.jobs()
+    for number in numbers:
+        job = todo[number]
+        if dry_run:
+            job = gpu_cells.Job(gpu_cells.shrink(job.cell), job.variant)
+        print(json.dumps({"start": number}), file=out, flush=True)
+        result = gpu_cells.run_job(job, device, 0.02 if dry_run else gpu_cells.TIMED)
+        result["name"] = todo[number].cell.name
+        print(json.dumps({"number": number, **result}), file=out, flush=True)
+
+
+class Worker:
+    """A process that works through a list of jobs."""
+
+    def __init__(self, numbers: list[int], dry_run: bool) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "--work", ",".join(map(str, numbers))]
+        self._process = subprocess.Popen(
+            command + ["--dry-run"] * dry_run, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def next(self, timeout: float) -> dict[str, Any] | None:
+        """The next message; None when the process has ended; ``queue.Empty`` after ``timeout`` seconds."""
+        line = self._lines.get(timeout=max(timeout, 0.0))
+        return None if line is None else json.loads(line)
+
+    def stop(self) -> int:
+        """End the process and its children, and return its exit status."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return self._process.wait()
+
+
+# --- the parent: time, restarts, records ---
+
+
+def measure(record: dict[str, Any], numbers: list[int], deadline: float, dry_run: bool, write: Any) -> None:
+    """Run jobs until they are done or the time is up; every result goes into ``record["results"]``."""
+    todo = gpu_cells.jobs()
+    left = list(numbers)
+    while left and time.monotonic() < deadline:
+        worker = Worker(left, dry_run)
+        current: int | None = None
+        # The first message has to wait for imports and the device.
+        limit = time.monotonic() + 120.0
+        try:
+            while True:
+                message = worker.next(min(limit, deadline) - time.monotonic())
+                if message is None:
+                    break
+                if "start" in message:
+                    current = message["start"]
+                    limit = time.monotonic() + todo[current].limit
+                    continue
+                left.remove(message["number"])
+                current = None
+                limit = time.monotonic() + 120.0
+                record["results"].append(message)
+                write()
+            ended = f"the process ended with status {worker.stop()}"
+        except queue.Empty:
+            worker.stop()
+            if time.monotonic() >= deadline:
+                break
+            ended = f"stopped after {todo[current].limit:.0f} s" if current is not None else "no job began"
+        if not left:
+            break
+        failed = left[0] if current is None else current
+        job = todo[failed]
+        left.remove(failed)
+        record["results"].append({"number": failed, "name": job.cell.name, "variant": job.variant, "error": ended})
+        write()
+    record["not_run"] = [f"{todo[n].cell.name}: {todo[n].variant}" for n in left]
+    write()
+
+
+def facts(dry_run: bool) -> dict[str, Any]:
+    """The device and the versions."""
+    import torch
+    from harness import device_facts
+
+    device = torch.device("cuda", 0) if not dry_run else torch.device("cpu")
+    found = device_facts(device)
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    return found
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The record as a Markdown table: a row a measurement, beside its floor."""
+    device = record["device"]
+    where = device.get("gpu") or f"{device['cpu']} (dry run: the figures mean nothing)"
+    roofs = next((r["roofs"] for r in record["results"] if "roofs" in r), None)
+    lines = [f"### GPU: {where}", "", f"torch {device['torch']}, Triton {device['triton']}; {device['date']}.", ""]
+    if roofs is not None:
+        rates = ", ".join(f"{name} {roofs[name] / 1e12:.0f} TFLOP/s" for name in ("bf16", "tf32", "fp32"))
+        lines += [f"Measured roofs: copy {roofs['copy'] / 1e12:.2f} TB/s; products {rates}.", ""]
+    lines += [
+        "| cell | variant | ms | spread | ours is faster by | floor ms | share | TFLOP/s | TB/s | kernels | peak GiB "
+        "| kept GiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    by_cell: dict[str, list[dict[str, Any]]] = {}
+    for result in record["results"]:
+        if "roofs" not in result:
+            by_cell.setdefault(result["name"], []).append(result)
+    for name, results in by_cell.items():
+        ours = min((r["seconds"] for r in results if r["variant"] in gpu_cells.OURS and "seconds" in r), default=None)
+        for result in results:
+            lines.append(_row(name, result, ours, roofs))
+            name = ""
+    if record.get("not_run"):
+        lines += ["", f"Not run for want of time: {len(record['not_run'])} measurements."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, result: dict[str, Any], ours: float | None, roofs: dict[str, float] | None) -> str:
+    if "seconds" not in result:
+        return f"| {name} | {result['variant']} | {result.get('error', 'no result')} | | | | | | | | | |"
+    cell = gpu_cells.Cell(**result["cell"])
+    passes, seconds = gpu_cells.passes(cell), result["seconds"]
+    amount = gpu_floor.total(passes)
+    floor = gpu_floor.Roof(roofs[cell.dtype], roofs["copy"]).seconds(passes) if roofs is not None and passes else None
+
+    def gib(key: str) -> str:
+        return f"{result[key] / 2**30:.2f}" if result.get(key) is not None else ""
+
+    ratio = f"{seconds / ours:.2f}" if ours is not None and result["variant"] not in gpu_cells.OURS else ""
+    if "host_seconds" in result:
+        ratio += f" (host {result['host_seconds'] * 1e6:.0f} us)"
+    cells = [
+        name, result["variant"], f"{seconds * 1e3:.3f}", f"{result['spread']:.1%}", ratio,
+        "" if floor is None else f"{floor * 1e3:.3f}", "" if floor is None else f"{floor / seconds:.0%}",
+        f"{amount.flops / seconds / 1e12:.1f}", f"{amount.bytes / seconds / 1e12:.2f}",
+        str(result["kernels"]) if result.get("kernels") is not None else "", gib("peak_bytes"), gib("kept_bytes"),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure within the budget; 0 unless nothing could be measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=270.0, help="seconds in all (default 270)")
+    parser.add_argument("--only", default="", help="a regular expression on 'cell: variant'")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.work is not None:
+        work([int(number) for number in options.work.split(",")], options.dry_run)
+        return 0
+    deadline = BEGAN + options.budget - RESERVE
+    if not options.dry_run:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("no CUDA device: torch.cuda.is_available() is False (--dry-run needs none)", file=sys.stderr)
+            return 2
+    device = facts(options.dry_run)
+    slug = "dry-run" if options.dry_run else re.sub(r"[^a-z0-9]+", "-", device["gpu"].lower()).strip("-")
+    path = options.out / f"gpu-{slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "suite": "gpu", "device": device, "budget": options.budget, "dry_run": options.dry_run, "results": [],
+        "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+    def write() -> None:
+        record["took"] = time.monotonic() - BEGAN
+        for target, text in ((path, json.dumps(record, indent=1) + "\n"), (path.with_suffix(".md"), summary(record))):
+            partial = target.with_name(target.name + ".partial")
+            partial.write_text(text)
+            partial.replace(target)
+
+    todo = gpu_cells.jobs()
+    numbers = [n for n, job in enumerate(todo) if re.search(options.only, f"{job.cell.name}: {job.variant}")]
+    measure(record, numbers, deadline, options.dry_run, write)
+    print(summary(record))
+    print(f"wrote {path} and {path.with_suffix('.md').name} in {record['took']:.0f} s")
+    return 0 if any("seconds" in r or "roofs" in r for r in record["results"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
