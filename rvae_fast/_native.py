@@ -27,6 +27,17 @@ _REBUILD = (
 )
 
 
+_ISA_VARIABLE = "RVAE_FAST_CPU_ISA"
+_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+
+
+def _check_isa_cap() -> None:
+    """RVAE_FAST_CPU_ISA, read by csrc/cpu/cpu_features.cpp, forbids the instruction sets above the one it names."""
+    named = os.environ.get(_ISA_VARIABLE)
+    if named and named not in _ISAS:
+        raise ValueError(f"{_ISA_VARIABLE} must be one of {', '.join(_ISAS)}; got {named!r}")
+
+
 def _folder() -> Path:
     """Where module and record are: the package, or RVAE_FAST_NATIVE_DIR (an instrumented or experimental build)."""
     named = os.environ.get("RVAE_FAST_NATIVE_DIR")
@@ -145,6 +156,7 @@ def _load() -> tuple[ModuleType | None, str | None, bool]:
 
 @functools.cache
 def _state() -> tuple[ModuleType | None, str | None]:
+    _check_isa_cap()
     module, reason, loud = _load()
     if loud:
         warnings.warn(f"rvae_fast runs on the slower reference path: {reason}", RuntimeWarning, stacklevel=3)

@@ -56,9 +56,9 @@ bool rows_are_independent() {
     const auto random = [&state] { return static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.0f; };
     for (float& value : a) value = random();
     for (float& value : b) value = random();
-    multiply(Kind::f32, rows, k, a.data(), k, b.data(), kPanel, all.data(), false);
+    multiply(Kind::f32, rows, k, a.data(), k, b.data(), kPanel, all.data(), kPanel, false);
     for (const int64_t n : {1, 2, 3, 4, 8, 12, 40}) {
-      multiply(Kind::f32, n, k, a.data(), k, b.data(), kPanel, few.data(), false);
+      multiply(Kind::f32, n, k, a.data(), k, b.data(), kPanel, few.data(), kPanel, false);
       if (std::memcmp(few.data(), all.data(), n * kPanel * sizeof(float)) != 0) return false;
     }
     return true;
@@ -72,7 +72,7 @@ void product(Kind kind, int64_t rows, int64_t reduced, const void* operand, int6
     return kernels().score_product(rows, reduced, static_cast<const float*>(operand), ld, reinterpret_cast<const float*>(panel),
                                    strip);
   }
-  multiply(kind, rows <= 4 ? rows : padded_rows(rows), reduced, operand, ld, panel, kPanel, strip, /*add=*/false);
+  multiply(kind, rows <= 4 ? rows : padded_rows(rows), reduced, operand, ld, panel, kPanel, strip, kPanel, /*add=*/false);
 }
 
 // After a fork OpenMP's threads are gone and its next parallel region would wait for them for ever: a child scores alone.

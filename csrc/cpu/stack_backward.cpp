@@ -7,12 +7,14 @@
 //   3. dz of the layer before = (dy W) * act'(norm(source)), with its column sums and those of dz * xhat
 //
 // The BatchNorm's rule needs the column sums of all rows, hence the pass a layer. dz and the stream's gradient are
-// replaced in place, row by row; weight gradients are summed by thread and then, while the next layer runs, over threads.
+// replaced in place, row by row; the weight gradients are stack_weight_gradient.h's.
 #include <ATen/ops/zeros.h>
 
 #include <cstring>
+#include <optional>
 
 #include "cpu/stack_pass.h"
+#include "cpu/stack_weight_gradient.h"
 
 namespace rvae::cpu::stack {
 
@@ -33,19 +35,11 @@ class BackwardPass {
     // Tiles are read in whole blocks of 16 words by the transposition.
     const int64_t block = 16 * 4 / size_of(s_.compute);
     tile_rows_ = round_up(part_.most_rows(), block);
-    const int64_t tile_words = words(tile_rows_, s_.compute);
     operand_bytes_ = round_up(tile_rows_ * s_.operand_stride() * size_of(s_.compute), kAlignment);
-    transposed_bytes_ = round_up(s_.padded() * tile_words * 4, kAlignment);
-    pairs_bytes_ = s_.compute == Kind::bf16 ? round_up(tile_words * s_.padded() * 4, kAlignment) : 0;
     strip_bytes_ = round_up(tile_rows_ * kPanel * 4, kAlignment);
-    accumulator_bytes_ = round_up(s_.panels() * s_.width * kPanel * 4, kAlignment);
 
     dys_ = scratch_.add(part_.chunks * operand_bytes_);
-    as_ = scratch_.add(part_.chunks * operand_bytes_);
-    transposed_ = scratch_.add(part_.chunks * transposed_bytes_);
-    pairs_ = scratch_.add(part_.chunks * pairs_bytes_);
     strips_ = scratch_.add(part_.chunks * strip_bytes_);
-    accumulators_ = scratch_.add(any(needs_.weights) ? 2 * part_.chunks * accumulator_bytes_ : 0);
     bias_sums_ = scratch_.add(part_.chunks * s_.padded() * 4);
     sums_dz_ = scratch_.add(part_.tiles * s_.padded() * 4);
     sums_dz_xhat_ = scratch_.add(part_.tiles * s_.padded() * 4);
@@ -53,8 +47,9 @@ class BackwardPass {
     totals_ = scratch_.add(2 * s_.padded() * 8);
     dz_ = scratch_.add(s_.rows * s_.width * size_of(s_.compute));
     carried_ = scratch_.add(s_.rows * s_.width * size_of(s_.stream));
+    weight_gradient_.emplace(s_, part_, tile_rows_, scratch_, g_.weights);
     scratch_.allocate();
-    std::memset(scratch_.get<char>(dys_), 0, static_cast<size_t>(2 * part_.chunks * operand_bytes_));
+    std::memset(scratch_.get<char>(dys_), 0, static_cast<size_t>(part_.chunks * operand_bytes_));
     std::memset(scratch_.get<char>(coefficients_), 0, static_cast<size_t>(3 * s_.padded()) * 4);
   }
 
@@ -64,7 +59,7 @@ class BackwardPass {
       end_of_post();
       finish_sums(last);
     }
-    int64_t pending = -1;  // a layer whose weight gradient is still spread over threads
+    int64_t pending = -1;  // a layer whose weight gradient has its second half to come
     for (int64_t layer = last; layer >= 0; --layer) {
       const bool further = needs_below(layer);
       run_layer(layer, further, pending);
@@ -74,7 +69,7 @@ class BackwardPass {
       const int64_t normed = s_.order == Order::pre ? layer : layer - 1;
       if (normed >= 0) finish_sums(normed);
     }
-    if (pending >= 0) part_.for_chunks([&](int64_t chunk) { add_threads(pending, chunk); });
+    if (pending >= 0) part_.for_chunks([&](int64_t chunk) { finish_weight(pending, chunk); });
     if (needs_.x && s_.order == Order::pre) end_of_pre();
     return g_;
   }
@@ -118,9 +113,6 @@ class BackwardPass {
   template <class T>
   T* of_chunk(int64_t offset, int64_t bytes, int64_t chunk) const {
     return scratch_.get<T>(offset + chunk * bytes);
-  }
-  float* accumulator(int64_t layer, int64_t chunk) const {
-    return of_chunk<float>(accumulators_, accumulator_bytes_, (layer % 2) * part_.chunks + chunk);
   }
 
   // ------------------------------------------------------------------------------------------------ the steps of a layer
@@ -212,19 +204,18 @@ class BackwardPass {
     const bool want_weight = needs_.weights[layer], want_bias = needs_.biases[layer];
     const BackwardEpilogue after = further ? before_layer(layer) : BackwardEpilogue{};
     part_.for_chunks([&](int64_t chunk) {
-      if (pending >= 0) add_threads(pending, chunk);
+      if (pending >= 0) finish_weight(pending, chunk);
       float* bias_sum = nullptr;
       if (want_bias) {
         bias_sum = scratch_.get<float>(bias_sums_) + chunk * s_.padded();
         std::memset(bias_sum, 0, static_cast<size_t>(s_.padded()) * 4);
       }
       const RowsOut dy{of_chunk<char>(dys_, operand_bytes_, chunk), s_.compute};
-      const RowsOut a{of_chunk<char>(as_, operand_bytes_, chunk), s_.compute};
       for (int64_t t = part_.first_tile(chunk); t < part_.first_tile(chunk + 1); ++t) {
         gradient_tile(before, t, dy, bias_sum);
         if (want_weight) {
-          source_tile(again, t, a);
-          add_weight_gradient(layer, chunk, part_.count(t), t != part_.first_tile(chunk));
+          source_tile(again, t, weight_gradient_->operand(layer, chunk, t));
+          weight_gradient_->add(layer, chunk, t, static_cast<const char*>(dy.data));
         }
         if (further) input_gradient(layer, chunk, t, after);
       }
@@ -232,11 +223,15 @@ class BackwardPass {
     });
   }
 
-  // Rows that pad a tile take part in the weight gradient: zero.
+  // Rows that pad a tile take part in the weight gradient: zero. (Its columns of padding are the kernels' to clear.)
   void clear_padding(RowsOut operand, int64_t rows) const {
     const int64_t row_bytes = s_.operand_stride() * size_of(s_.compute);
-    std::memset(static_cast<char*>(operand.data) + rows * row_bytes, 0,
-                static_cast<size_t>((padded_rows(rows) - rows) * row_bytes));
+    std::memset(static_cast<char*>(operand.data) + rows * row_bytes, 0, static_cast<size_t>((tile_rows_ - rows) * row_bytes));
+  }
+
+  void finish_weight(int64_t layer, int64_t chunk) const {
+    weight_gradient_->finish(layer, chunk);
+    release_products(s_.compute);
   }
 
   void gradient_tile(BackwardPrologue p, int64_t tile, RowsOut dy, float* bias_sum) const {
@@ -260,32 +255,6 @@ class BackwardPass {
     clear_padding(a, p.rows);
   }
 
-  // accumulator[panel][out, 32] += dy^T a. The product wants dy^T row by row, and for bf16 pairs of rows in both.
-  void add_weight_gradient(int64_t layer, int64_t chunk, int64_t rows, bool add) const {
-    const int64_t reduced = padded_rows(rows);
-    const int64_t blocks = round_up(words(reduced, s_.compute), 16);
-    auto* const transposed = of_chunk<uint32_t>(transposed_, transposed_bytes_, chunk);
-    const auto* dy = of_chunk<char>(dys_, operand_bytes_, chunk);
-    const char* right = of_chunk<char>(as_, operand_bytes_, chunk);
-    int64_t ld_right = s_.operand_stride(), ld_left = blocks;
-    if (s_.compute == Kind::f32) {
-      k_.transpose_words(reinterpret_cast<const uint32_t*>(dy), blocks, s_.padded(), s_.operand_stride(), transposed, blocks);
-    } else {
-      auto* const pairs = of_chunk<uint32_t>(pairs_, pairs_bytes_, chunk);
-      const int64_t stride = s_.operand_stride();
-      k_.interleave_rows(reinterpret_cast<const uint16_t*>(dy), blocks, s_.padded(), stride, pairs, s_.padded());
-      k_.transpose_words(pairs, blocks, s_.padded(), s_.padded(), transposed, blocks);
-      k_.interleave_rows(reinterpret_cast<const uint16_t*>(right), reduced / 2, s_.padded(), stride, pairs, s_.padded());
-      right = reinterpret_cast<const char*>(pairs);
-      ld_right = s_.padded();
-      ld_left = 2 * blocks;
-    }
-    for (int64_t panel = 0; panel < s_.panels(); ++panel) {
-      multiply(s_.compute, s_.width, reduced, transposed, ld_left, right + panel * kPanel * 4, ld_right,
-               accumulator(layer, chunk) + panel * s_.width * kPanel, add);
-    }
-  }
-
   void input_gradient(int64_t layer, int64_t chunk, int64_t tile, BackwardEpilogue p) const {
     const BackwardEpilogue whole = p;
     const int64_t reduced = s_.compute == Kind::f32 ? s_.width : round_up(s_.width, 2);
@@ -294,7 +263,7 @@ class BackwardPass {
     p.strip = strip;
     for (int64_t panel = 0; panel < s_.panels(); ++panel) {
       multiply(s_.compute, padded_rows(p.rows), reduced, of_chunk<char>(dys_, operand_bytes_, chunk), s_.operand_stride(),
-               packed_.panel(layer, panel), kPanel, strip, /*add=*/false);
+               packed_.panel(layer, panel), kPanel, strip, kPanel, /*add=*/false);
       place(p, whole, tile, panel * kPanel);
       k_.backward_epilogue(p);
     }
@@ -396,19 +365,6 @@ class BackwardPass {
     for (int64_t c = 0; c < s_.width; ++c) g_.biases.data_ptr<float>()[layer * s_.width + c] = static_cast<float>(sum[c]);
   }
 
-  // This thread's share of the rows of the weight gradient, summed over the threads that hold parts of it.
-  void add_threads(int64_t layer, int64_t chunk) {
-    std::vector<const float*> parts(part_.chunks);
-    float* const gradient = g_.weights.data_ptr<float>() + layer * s_.width * s_.width;
-    for (int64_t row = s_.width * chunk / part_.chunks; row < s_.width * (chunk + 1) / part_.chunks; ++row) {
-      for (int64_t panel = 0; panel < s_.panels(); ++panel) {
-        for (int64_t c = 0; c < part_.chunks; ++c) parts[c] = accumulator(layer, c) + (panel * s_.width + row) * kPanel;
-        k_.sum_buffers(parts.data(), part_.chunks, std::min(kPanel, s_.width - panel * kPanel),
-                       gradient + row * s_.width + panel * kPanel);
-      }
-    }
-  }
-
   const Shape s_;
   const Inputs& in_;
   const ForwardResult& kept_;
@@ -421,10 +377,10 @@ class BackwardPass {
   Scratch scratch_;
   Norm norm_;
   Rows stream_gradient_ = rows_of(gradient_, s_.stream, 0);
-  int64_t tile_rows_, operand_bytes_, transposed_bytes_, pairs_bytes_, strip_bytes_, accumulator_bytes_;
-  int64_t dys_, as_, transposed_, pairs_, strips_, accumulators_, bias_sums_, sums_dz_, sums_dz_xhat_, coefficients_, totals_,
-      dz_, carried_;
+  int64_t tile_rows_, operand_bytes_, strip_bytes_;
+  int64_t dys_, strips_, bias_sums_, sums_dz_, sums_dz_xhat_, coefficients_, totals_, dz_, carried_;
   Gradients g_;
+  std::optional<WeightGradient> weight_gradient_;
 };
 
 }  // namespace

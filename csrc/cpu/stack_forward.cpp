@@ -154,7 +154,7 @@ class ForwardPass {
           const int64_t column = panel * kPanel;
           const int64_t offset = part_.begin(t) * s_.width + column;
           multiply(s_.compute, padded_rows(after.rows), reduced, operand.data, s_.operand_stride(), packed_.panel(layer, panel),
-                   kPanel, after.strip, /*add=*/false);
+                   kPanel, after.strip, kPanel, /*add=*/false);
           after.columns = std::min(kPanel, s_.width - column);
           after.bias = bias == nullptr ? nullptr : bias + column;
           after.residual = at_offset(residual, offset);

@@ -14,8 +14,9 @@ namespace rvae::cpu::stack {
 
 namespace {
 
-void multiply_bf16(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, bool add) {
-  at::native::cpublas::brgemm(m, kPanel, k, lda, ldb, kPanel, add, static_cast<const at::BFloat16*>(a),
+void multiply_bf16(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc,
+              bool add) {
+  at::native::cpublas::brgemm(m, kPanel, k, lda, ldb, ldc, add, static_cast<const at::BFloat16*>(a),
                               static_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
 }
 
@@ -35,7 +36,7 @@ bool try_bf16() {
     }
   }
   try {
-    multiply_bf16(m, k, a.data(), k, b.data(), kPanel, c.data(), false);
+    multiply_bf16(m, k, a.data(), k, b.data(), kPanel, c.data(), kPanel, false);
     release_products(Kind::bf16);
   } catch (const std::exception&) {
     return false;
@@ -57,9 +58,10 @@ bool has_bf16_products() {
   return works;
 }
 
-void multiply(Kind kind, int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, bool add) {
-  if (kind == Kind::bf16) return multiply_bf16(m, k, a, lda, b, ldb, c, add);
-  at::native::cpublas::brgemm(m, kPanel, k, lda, ldb, kPanel, add, static_cast<const float*>(a), static_cast<const float*>(b),
+void multiply(Kind kind, int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc,
+              bool add) {
+  if (kind == Kind::bf16) return multiply_bf16(m, k, a, lda, b, ldb, c, ldc, add);
+  at::native::cpublas::brgemm(m, kPanel, k, lda, ldb, ldc, add, static_cast<const float*>(a), static_cast<const float*>(b),
                               c, /*is_vnni=*/false);
 }
 

@@ -24,8 +24,9 @@ inline int64_t words(int64_t n, Kind kind) {
 // Whether bf16 products run on this machine (AVX512_BF16 or AMX). Tried once, with a product whose result is known.
 bool has_bf16_products();
 
-// c[m, 32] (ld 32) = or += a[m, k] * b[k, 32]. `ld` counts values; `k` is even for bf16, whose b holds pairs of rows.
-void multiply(Kind kind, int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, bool add);
+// c[m, 32] = or += a[m, k] * b[k, 32]. `ld` counts values; `k` is even for bf16, whose b holds pairs of rows.
+void multiply(Kind kind, int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc,
+              bool add);
 
 // To be called by a thread when its products are done: gives the tile registers of AMX back.
 void release_products(Kind kind);

@@ -98,7 +98,9 @@ def demo(
     from rvae_fast.cli.evaluate import evaluation_table
     from rvae_fast.cli.run import rate
     from rvae_fast.report import evaluate_scores, write_report
+    from rvae_fast.report.page import require_packages
 
+    require_packages()
     _may_write(out, force)
     if data not in datasets.names():
         usage_error(f"no built-in data set {data!r}; there are {', '.join(datasets.names())}", "--data")

@@ -110,8 +110,9 @@ def evaluate(
         except ValueError as error:
             usage_error(str(error), "--out")
     if report is not None:
-        from rvae_fast.report.page import output_files
+        from rvae_fast.report.page import output_files, require_packages
 
+        require_packages()
         outputs.append(output_files(report)[0])
     refuse_to_overwrite(outputs, force)
 

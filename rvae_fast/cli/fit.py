@@ -153,8 +153,9 @@ def fit(
     shape = parse_shape(image_shape)
     outputs = [out]
     if report is not None:
-        from rvae_fast.report.page import output_files
+        from rvae_fast.report.page import output_files, require_packages
 
+        require_packages()
         outputs.append(output_files(report)[0])
     if resume and checkpoint is None:
         usage_error("needs --checkpoint, the file to go on from", "--resume")

@@ -107,8 +107,9 @@ def score(
             usage_error(str(error), "--out")
     outputs = [] if target is None else [target]
     if report is not None:
-        from rvae_fast.report.page import output_files
+        from rvae_fast.report.page import output_files, require_packages
 
+        require_packages()
         outputs.append(output_files(report)[0])
     refuse_to_overwrite(outputs, force)
 

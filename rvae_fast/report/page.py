@@ -34,6 +34,15 @@ _NAMES = (
 )
 
 
+def require_packages() -> None:
+    """Raise ImportError, saying what to install, unless a page can be drawn here: to be called before long work."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"a report needs the 'report' extra ({error}): pip install 'rvae-fast[report]'") from error
+
+
 def output_files(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Path]]:
     """Return the HTML file that ``path`` stands for, and where each picture may be written beside it."""
     target = Path(path)
@@ -245,12 +254,7 @@ def write_report(
     if not np.isfinite(threshold):
         raise ValueError(f"threshold must be a finite number, got {threshold}")
     truth = None if labels is None else check_labels(labels, scores.size)
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"a report needs the 'report' extra ({error}): pip install 'rvae-fast[report]'") from error
-
+    require_packages()
     at_hand = np.arange(scores.size) if rows is None else np.asarray(rows, dtype=np.int64)
     if at_hand.ndim != 1 or (at_hand.size and (at_hand.min() < 0 or at_hand.max() >= scores.size)):
         raise ValueError(f"rows must be a vector of positions in 0..{scores.size - 1}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,16 @@ def test_report_names_rows_and_features(table: Path, tmp_path: Path, run: Callab
     assert "AUROC" in page
     assert "Gradient norm" in page
     assert '<b class="id">00' in page
+
+
+def test_a_missing_report_package_is_told_before_the_training(
+    table: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    out = tmp_path / "m.safetensors"
+    result = run("fit", table, "--label", "faulty", "-o", out, *QUICK, "--report", tmp_path / "r", code=1)
+    assert "pip install 'rvae-fast[report]'" in result.stderr
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "parquet"])

@@ -163,3 +163,10 @@ def test_the_real_module_uses_torch_s_own_threads(native: Any):
         assert native.num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_native, "_state", _native._state.__wrapped__)
+    monkeypatch.setenv("RVAE_FAST_CPU_ISA", "avx10")
+    with pytest.raises(ValueError, match=r"RVAE_FAST_CPU_ISA must be one of portable, avx2, .* got 'avx10'"):
+        _native.is_available()
