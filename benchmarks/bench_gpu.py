@@ -194,6 +194,24 @@ def _row(name: str, result: dict[str, Any], ours: float | None, roofs: dict[str,
     return "| " + " | ".join(cells) + " |"
 
 
+def floors(flops: float, bandwidth: float) -> str:
+    """The floors of all cells at given rates (operations and bytes a second), as a Markdown table."""
+    roof = gpu_floor.Roof(flops, bandwidth)
+    lines = ["| cell | TFLOP | GB | by operations, ms | by bytes, ms | floor, ms |", "|---|---:|---:|---:|---:|---:|"]
+    for cell in dict.fromkeys(job.cell for job in gpu_cells.jobs()):
+        if cell.workload in ("roofs", "host overhead") or cell.dtype != "bf16":
+            continue
+        passes = gpu_cells.passes(cell)
+        amount = gpu_floor.total(passes)
+        times = amount.flops / flops, amount.bytes / bandwidth, roof.seconds(passes)
+        lines.append(
+            f"| {cell.name} | {amount.flops / 1e12:.2f} | {amount.bytes / 1e9:.2f} | "
+            + " | ".join(f"{t * 1e3:.2f}" for t in times)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure within the budget; 0 unless nothing could be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -201,10 +219,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="a regular expression on 'cell: variant'")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
+    parser.add_argument("--floors", nargs=2, type=float, metavar=("TFLOPS", "TBS"), help="print the cells' floors")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work is not None:
         work([int(number) for number in options.work.split(",")], options.dry_run)
+        return 0
+    if options.floors is not None:
+        print(floors(options.floors[0] * 1e12, options.floors[1] * 1e12))
         return 0
     deadline = BEGAN + options.budget - RESERVE
     if not options.dry_run:
