@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rvae_fast._frozen import frozen
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.pathway import differences, reconstruct
 from rvae_fast.scoring import _parts, map_rows
@@ -168,9 +169,11 @@ def sap_parts(
 ) -> Iterator[NDArray[np.float64]]:
     """:func:`sap_scores` as a generator: one array of scores per chunk of ``x``."""
 
+    x_hat = _reconstructor(model, options)
+
     def score(rows: Tensor) -> Tensor:
         total = torch.zeros(rows.shape[0], dtype=_wide(rows), device=rows.device)
-        for d in differences(model, rows, reconstruct(model, rows), pathway, include_input):
+        for d in differences(model, rows, x_hat(rows), pathway, include_input):
             total += d.float().square().sum(1) if d.dtype != torch.float64 else d.square().sum(1)
         return total
 
@@ -260,11 +263,12 @@ def nap_parts(
 ) -> Iterator[NDArray[np.float64]]:
     """:func:`nap_scores` as a generator: one array of scores per chunk of ``x``."""
 
+    x_hat = _reconstructor(model, options)
     project: Callable[[Tensor], Tensor] | None = None
 
     def score(rows: Tensor) -> Tensor:
         nonlocal project
-        d = _concatenated(model, rows, pathway, include_input)
+        d = _concatenated(model, rows, x_hat(rows), pathway, include_input)
         if d.shape[1] != len(nap.mean):
             raise ValueError(
                 f"nap was fitted to {len(nap.mean)} differences; pathway {pathway!r} of this model has {d.shape[1]}"
@@ -291,18 +295,28 @@ def _wide(rows: Tensor) -> torch.dtype:
     return torch.float32 if rows.device.type == "mps" else torch.float64
 
 
-def _concatenated(model: Autoencoder, rows: Tensor, pathway: str, include_input: bool) -> Tensor:
-    d = torch.cat(
-        [part.to(rows.dtype) for part in differences(model, rows, reconstruct(model, rows), pathway, include_input)], 1
-    )
+def _reconstructor(model: Autoencoder, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """:func:`reconstruct` of the model as it is now, through its frozen scorer where there is one."""
+    device = options.get("device")
+    at = next(model.parameters()).device if device is None else torch.device(device)
+    scorer = frozen(model, options.get("precision", "auto")) if at.type == "cpu" else None
+    if scorer is None:
+        return lambda rows: reconstruct(model, rows)
+    return lambda rows: cast(Tensor, scorer.detailed(rows, reconstruction=True).reconstruction)
+
+
+def _concatenated(model: Autoencoder, rows: Tensor, x_hat: Tensor, pathway: str, include_input: bool) -> Tensor:
+    d = torch.cat([part.to(rows.dtype) for part in differences(model, rows, x_hat, pathway, include_input)], 1)
     return d.cpu() if d.device.type == "mps" else d  # no fp64 there
 
 
 def _side_by_side(
     model: Autoencoder, x: Any, pathway: str, include_input: bool, options: dict[str, Any]
 ) -> NDArray[np.float64]:
+    x_hat = _reconstructor(model, options)
+
     def function(rows: Tensor) -> Tensor:
-        return _concatenated(model, rows, pathway, include_input)
+        return _concatenated(model, rows, x_hat(rows), pathway, include_input)
 
     return map_rows(model, x, function, batch_size=TILE, row_tile=TILE, **options)
 

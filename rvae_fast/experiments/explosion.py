@@ -45,15 +45,15 @@ def grid(settings: Settings) -> list[Cell]:
     cells = []
     for data in settings.data:
         for seed in range(settings.seeds):
-            for model in ("RAE", "RVAE"):
+            for model in ("RVAE",) if settings.quick else ("RAE", "RVAE"):
                 for cure, changes in {**CURES, DEFAULTS: {}}.items():
                     deepest = () if settings.quick or model == "RAE" or cure != DEFAULTS else (DEEPEST,)
                     cells += [
                         Cell(
                             data=data, novel="0", model=model, order="pre", n_layers=depth, seed=seed, variant=cure,
                             network={} if cure == DEFAULTS else plain,
-                            training=settings.training(EPOCHS, 10, **changes),
-                            scores=SCORES, rows=settings.rows(1500), steps=True,
+                            training=settings.training(EPOCHS, 8, **changes),
+                            scores=SCORES, rows=settings.rows(1000), steps=True,
                         )
                         for depth in (*depths, *deepest)
                     ]  # fmt: skip

@@ -16,7 +16,7 @@ MODELS = (("RVAE", "pre"), ("RVAE", "post"), ("VAE", ""))
 SCORES = ("reconstruction",)
 METRIC = "auroc_reconstruction"
 
-#: Trained so long, 150 cells take less than three hours on two cores; the article trains for 200 epochs.
+#: The article trains for 200 epochs; so many are what fits in some hours of two cores, see docs/results/README.md.
 EPOCHS = 20
 
 

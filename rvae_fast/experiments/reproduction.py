@@ -39,8 +39,8 @@ def reproduce(
     ----------
     name : {"degradation", "explosion", "novelty", "deep", "rapp"}
     quick : bool, default False
-        A few epochs on a part of the rows, two classes and two seeds: under three minutes on two cores. It shows that
-        everything works, and proves nothing.
+        A few epochs on a part of the rows, one or two classes, two seeds: meant to take under three minutes on two idle
+        cores. It shows that everything works, and proves nothing.
     seeds : int, optional
         How many; the experiment's own number unless given.
     data : sequence of str, optional

@@ -16,7 +16,7 @@ from rvae_fast.experiments.store import Results
 from rvae_fast.experiments.work import build, run_cell, split_of
 
 #: Steps that an estimate times, after as many that warm up.
-TIMED_STEPS = 3
+TIMED_STEPS = 4
 
 
 def default_jobs() -> int:
@@ -155,7 +155,7 @@ def estimate(cells: Sequence[Cell], jobs: int) -> float:
     """Seconds that the cells will take, from a few timed steps of one network of each model, in fp32 or bf16 as given.
 
     Other depths scale by the number of their weights, other rows and epochs by themselves; what comes after the
-    training is counted as a tenth of it. On a machine busy with other work it is too low.
+    training is counted as a tenth of it. It is the time on a machine that has nothing else to do.
     """
     import torch
 
@@ -196,8 +196,11 @@ def _seconds_a_row(cell: Cell, width: int) -> float:
     batch = int(config.get("batch_size", 256))
     rows = torch.rand(TIMED_STEPS * batch, width)
     given = TrainingConfig(**{**config, "epochs": 2, "seed": 0, "warmup_epochs": 0.0, "accumulate": 1})
-    history = train(build(cell, width, 0), rows, given)
-    return float(history.epochs[-1]["seconds"]) / len(rows)
+    at: list[float] = []
+    # On a CPU the thread's own time: what other processes take of the machine comes and goes.
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    train(build(cell, width, 0), rows, given, callbacks=[lambda model, history: at.append(clock())])
+    return (at[1] - at[0]) / len(rows)
 
 
 def duration(seconds: float) -> str:
