@@ -14,6 +14,7 @@ from rvae_fast.experiments.page import write_page
 from rvae_fast.experiments.store import Results
 from rvae_fast.experiments.tables import to_csv
 from rvae_fast.experiments.work import metric_names
+from rvae_fast.report.page import require_packages
 
 QUICK_SEEDS = 2
 
@@ -73,9 +74,12 @@ def reproduce(
     ------
     ValueError
         Naming the argument.
+    ImportError
+        At once, without the packages that draw the page.
     rvae_fast.experiments.store.ResultsError
         When ``out`` holds results of other settings.
     """
+    require_packages()
     chosen = by_name(name)
     if variant and variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
