@@ -36,3 +36,21 @@ def log1p_unit(e):
     p = 1.0 / 5.0 + t * p
     p = 1.0 / 3.0 + t * p
     return 2.0 * (s + s * t * p)
+
+
+@triton.jit
+def cos_turns(u):
+    """``cos(2 pi u)`` for u in [0, 1], to about one rounding of 1.
+
+    As the sine of ``2 pi (1/4 - r)``, r the distance to the nearest whole turn, by its series. The subtraction is
+    exact, and there is no path for large angles, whose table the general cosine keeps in memory.
+    """
+    r = tl.abs(u - tl.floor(u + 0.5))
+    x = (0.25 - r) * 6.283185307179586
+    t = x * x
+    p = -1.0 / 39916800.0 + t * (1.0 / 6227020800.0)
+    p = 1.0 / 362880.0 + t * p
+    p = -1.0 / 5040.0 + t * p
+    p = 1.0 / 120.0 + t * p
+    p = -1.0 / 6.0 + t * p
+    return x + x * t * p

@@ -77,11 +77,12 @@ def kld_term(mu, logvar):
 
 @triton.jit
 def _tile(first, start, M, N, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets ``[BLOCK_M, BLOCK_N]`` from the row ``first``, columns from ``start``, and the mask."""
+    """Offset of the row ``first`` (64 bits), offsets ``[BLOCK_M, BLOCK_N]`` from there with columns from ``start`` (32,
+    which spares registers), and the mask."""
     rows = tl.arange(0, BLOCK_M)
     columns = start + tl.arange(0, BLOCK_N)
     mask = (rows < M - first)[:, None] & (columns < N)[None, :]
-    return first * stride + rows[:, None] * stride + columns[None, :], mask
+    return first * stride, rows[:, None] * stride + columns[None, :], mask
 
 
 @triton.jit
@@ -112,10 +113,10 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, N, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
-        x_hat = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        base, offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        base, offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+        x_hat = tl.load(x_hat_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         term = error_term(x, x_hat, LIKELIHOOD)
         if weight_ptr is not None:
             term = term * tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -124,10 +125,10 @@ def _forward_kernel(
     if mu_ptr is not None:
         divergence = tl.zeros([BLOCK_M, BLOCK_L], tl.float32)
         for latent in range(0, L, BLOCK_L):
-            at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_L)
-            mu = tl.load(mu_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_L)
-            logvar = tl.load(logvar_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            base, at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_L)
+            mu = tl.load(mu_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            base, at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_L)
+            logvar = tl.load(logvar_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
             divergence += tl.where(inside, kld_term(mu, logvar), 0.0)
         tl.store(kld_ptr + first + rows, tl.sum(divergence, axis=1), mask=row_mask)
 
@@ -167,33 +168,33 @@ def _backward_kernel(
         row = tl.load(grad_error_ptr + rows * stride_grad_error, mask=rows < M, other=0.0).to(tl.float32) / divisor
         scale = row[:, None]
         columns = start + tl.arange(0, BLOCK_N)
-        offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
+        base, offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
         if weight_ptr is not None:
             scale = scale * tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
-        x_hat = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        base, offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+        x_hat = tl.load(x_hat_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         slope = error_slope(x, x_hat, LIKELIHOOD)
-        offsets, mask = _tile(first, start, M, N, N, BLOCK_M, BLOCK_N)
+        base, offsets, mask = _tile(first, start, M, N, N, BLOCK_M, BLOCK_N)
         if grad_x_hat_ptr is not None:
-            tl.store(grad_x_hat_ptr + offsets, (scale * slope).to(grad_x_hat_ptr.dtype.element_ty), mask=mask)
+            tl.store(grad_x_hat_ptr + base + offsets, (scale * slope).to(grad_x_hat_ptr.dtype.element_ty), mask=mask)
         if grad_x_ptr is not None:
             by_x = -x_hat if LIKELIHOOD == "bernoulli" else -slope
-            tl.store(grad_x_ptr + offsets, (scale * by_x).to(grad_x_ptr.dtype.element_ty), mask=mask)
+            tl.store(grad_x_ptr + base + offsets, (scale * by_x).to(grad_x_ptr.dtype.element_ty), mask=mask)
     if grad_kld_ptr is not None:
         grad_kld = tl.load(grad_kld_ptr + rows * stride_grad_kld, mask=rows < M, other=0.0).to(tl.float32)[:, None]
         for latent in range(0, tl.where(start == 0, L, 0), BLOCK_L):
             if grad_mu_ptr is not None:
-                at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_L)
-                mu = tl.load(mu_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_L)
-                tl.store(grad_mu_ptr + at, (grad_kld * mu).to(grad_mu_ptr.dtype.element_ty), mask=inside)
+                base, at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_L)
+                mu = tl.load(mu_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+                base, at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_L)
+                tl.store(grad_mu_ptr + base + at, (grad_kld * mu).to(grad_mu_ptr.dtype.element_ty), mask=inside)
             if grad_logvar_ptr is not None:
-                at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_L)
-                logvar = tl.load(logvar_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_L)
+                base, at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_L)
+                logvar = tl.load(logvar_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+                base, at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_L)
                 grad = grad_kld * (0.5 * (exp(logvar) - 1.0))
-                tl.store(grad_logvar_ptr + at, grad.to(grad_logvar_ptr.dtype.element_ty), mask=inside)
+                tl.store(grad_logvar_ptr + base + at, grad.to(grad_logvar_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -221,10 +222,10 @@ def _weight_gradient_kernel(
         first = begin + step
         rows = first + tl.arange(0, BLOCK_M)
         row = tl.load(grad_error_ptr + rows * stride_grad_error, mask=rows < M, other=0.0).to(tl.float32) / divisor
-        offsets, mask = _tile(first, column, M, N, stride_x, BLOCK_M, BLOCK_N)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        offsets, mask = _tile(first, column, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
-        x_hat = tl.load(x_hat_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        base, offsets, mask = _tile(first, column, M, N, stride_x, BLOCK_M, BLOCK_N)
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        base, offsets, mask = _tile(first, column, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+        x_hat = tl.load(x_hat_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         total += tl.where(mask, row[:, None] * error_term(x, x_hat, LIKELIHOOD), 0.0)
     columns = column + tl.arange(0, BLOCK_N)
     tl.store(partial_ptr + split.to(tl.int64) * N + columns, tl.sum(total, axis=0), mask=columns < N)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import exp
+from .elementary import cos_turns, exp
 
 TILE = 512
 NUM_WARPS = 4
@@ -43,7 +43,7 @@ def philox_normal(seed, position):
     high = (position >> 32).to(tl.uint32)
     zero = low * 0
     a, b, _, _ = tl.philox(seed, low, high, zero, zero)
-    return tl.sqrt(-2.0 * tl.log(_uniform(a))) * tl.cos(6.283185307179586 * _uniform(b))
+    return tl.sqrt(-2.0 * tl.log(_uniform(a))) * cos_turns(_uniform(b))
 
 
 @triton.jit

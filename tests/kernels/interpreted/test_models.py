@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import rvae_fast
-from rvae_fast import VAE, reference
+from rvae_fast import RVAE, VAE, reference
 from rvae_fast.ops import reparameterise as op
 
 
-@pytest.mark.parametrize("kind", [VAE])
+@pytest.mark.parametrize("kind", [VAE, RVAE])
 @pytest.mark.parametrize("likelihood", reference.LIKELIHOODS)
 def test_a_training_step_with_the_same_random_numbers(
     kind: type, likelihood: str, monkeypatch: pytest.MonkeyPatch
