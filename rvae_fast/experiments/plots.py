@@ -80,7 +80,8 @@ def plot_means(
             plain_log_ticks(axes.yaxis, *axes.get_ylim())
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        axes.legend(loc="best", ncols=2 if len(names) > 3 else 1)
+        # Below the axes: "best" looks at lines, not at error bars, and would cover points.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
 
     found = "; ".join(
         f"{series}: " + ", ".join(f"{x} {number(float(np.mean(v)))}" for x, v in points.items())

@@ -155,7 +155,8 @@ def estimate(cells: Sequence[Cell], jobs: int) -> float:
     """Seconds that the cells will take, from a few timed steps of one network of each model, in fp32 or bf16 as given.
 
     Other depths scale by the number of their weights, other rows and epochs by themselves; what comes after the
-    training is counted as a tenth of it. It is the time on a machine that has nothing else to do.
+    training is counted as a tenth of it (NAP of images takes more). It is the time on a machine that has nothing else
+    to do.
     """
     import torch
 
