@@ -26,7 +26,6 @@ _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # --- what the kernels cover ---
 
 
-@torch.compiler.assume_constant_result
 def _chip_why_not(index: int) -> str | None:
     if torch.version.hip is not None:
         return "ROCm devices"
@@ -34,6 +33,11 @@ def _chip_why_not(index: int) -> str | None:
     if major < 8:
         return f"devices below compute capability 8.0 (this one has {major}.{minor})"
     return None
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the whole compiler, and Triton with it, into
+# every process that only wants a model.
+_chip_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def products_dtype(x: Tensor) -> torch.dtype | str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import native_build
 import pytest
+import toolchain
 import torch
 
 ROOT = Path(native_build.ROOT)
@@ -94,7 +95,7 @@ def test_the_cuda_half_is_compiled_for_every_architecture_and_its_failure_spares
     small_root: Path, cuda_torch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
     nvcc = shutil.which("nvcc")
-    version = native_build._nvcc_version(nvcc)
+    version = toolchain.nvcc_version(nvcc)
     facts = (cuda_torch / "version.py").read_text().replace("'13.0'", f"'{version}'")
     (cuda_torch / "version.py").write_text(facts)
     for name in ("c10_cuda", "torch_cuda"):  # a CPU build of torch has none: empty ones serve a launcher

@@ -11,6 +11,7 @@ import backend
 import native_build
 import project_requirements
 import pytest
+import toolchain
 import torch
 from packaging.requirements import Requirement
 
@@ -120,14 +121,14 @@ def test_the_cuda_half_is_built_only_where_it_can_be(
     (tmp_path / "csrc" / "cuda").mkdir(parents=True)
     if source:
         (tmp_path / "csrc" / "cuda" / "a.cu").touch()
-    facts = native_build.Torch(tmp_path, "2.13.0", torch_cuda, 17, 1)
-    found, why = native_build.find_cuda(facts, tmp_path)
+    facts = toolchain.Torch(tmp_path, "2.13.0", torch_cuda, 17, 1)
+    found, why = toolchain.find_cuda(facts, tmp_path)
     assert (found is None) == bool(reason)
     assert reason in why
     if reason:
         monkeypatch.setenv("RVAE_FAST_CUDA", "1")
-        with pytest.raises(native_build.BuildFailed, match="RVAE_FAST_CUDA=1"):
-            native_build.find_cuda(facts, tmp_path)
+        with pytest.raises(toolchain.BuildFailed, match="RVAE_FAST_CUDA=1"):
+            toolchain.find_cuda(facts, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- outcomes
