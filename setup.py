@@ -68,6 +68,7 @@ setup(
     package_dir={"rvae_fast.kernels": "kernels"},
     package_data={
         "rvae_fast": ["py.typed", "*.html", "*.j2", "*.css", "*.js", "*.json"],
+        "rvae_fast.kernels": ["*.json"],
         "": ["templates/*", "assets/*", "*.html", "*.j2", "*.css", "*.js"],
     },
     include_package_data=False,

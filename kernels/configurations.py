@@ -2,8 +2,8 @@
 
 The candidates are a short list for each kernel, arithmetic and family of chips, largest tile first; every one of them
 compiles without spilled registers and within its chip's shared memory (``tests/kernels/test_resources.py`` holds it to
-that). Among them :func:`heuristic` takes the first that fills the machine, so that tiles, and with them the order of
-every sum, depend on the shape and the chip alone.
+that). Among them a table decides where it has the shape (``tile_table.py``), else :func:`heuristic`, which takes the
+first that fills the machine: tiles, and with them the order of every sum, then depend on the shape and the chip alone.
 
 What the lists rest on, by arithmetic (none of it measured yet on a GPU):
 
@@ -13,15 +13,22 @@ What the lists rest on, by arithmetic (none of it measured yet on a GPU):
 * A fused forward saves the traffic of about 4 * rows * width elements. On an H100 (3.0 TB/s, 800 TFLOP/s in bf16) that
   is 1067 / width of the product's time: at width 1024 a fused product may run at half of cuBLAS's rate and break even,
   at 2048 it needs two thirds of it, which one with its operand in registers is not sure to reach: ``FUSED_WIDTH``.
+* Column moments in the epilogue cost about 6 fp32 instructions an element, 0.2 ps on an H100 (132 multiprocessors of
+  128 lanes at 1.7 GHz); a pass of their own reads the element again, 0.7 ps in bf16. So the epilogue has them, unless a
+  measurement says "two-pass" (the reductions take registers, and may cost more than their instructions).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import tile_table
+from .launch import place
+from .tile_table import Chip, Choice
 
 #: Widest layer that runs fused on tensor cores; wider ones run by the library's product. By arithmetic, see above.
 FUSED_WIDTH = 1024
@@ -124,12 +131,9 @@ def heuristic(kernel: str, configs: tuple[TileConfig, ...], multiprocessors: int
     return chosen
 
 
-@functools.lru_cache(maxsize=64)
 def device_facts(device: torch.device) -> tuple[int, int, int]:
     """Compute capability (90 for sm_90), shared memory a block in bytes and multiprocessors of a CUDA device."""
-    facts = torch.cuda.get_device_properties(device)
-    shared = getattr(facts, "shared_memory_per_block_optin", 99 * 1024)
-    return facts.major * 10 + facts.minor, shared, facts.multi_processor_count
+    return tile_table.chip_of(device)[1:]
 
 
 def arithmetic_of(dtype: torch.dtype) -> str:
@@ -150,37 +154,85 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if arithmetic_of(dtype) == "tf32" else "ieee"
 
 
+#: Stands for the chip where kernels are interpreted.
+NO_CHIP = Chip("interpreter", 90, 227 * 1024, DEFAULT_MULTIPROCESSORS)
+
+
+def as_config(choice: Choice | None, among: tuple[TileConfig, ...]) -> TileConfig | None:
+    """A table's choice as a configuration, if it is one of these but for its splits; else None."""
+    if not isinstance(choice, list) or len(choice) != len(TileConfig._fields) or choice[5] < 1:
+        return None
+    config = TileConfig(*choice)
+    return config if config._replace(splits=1) in among else None
+
+
+def choose(kernel: str, arithmetic: str, device: torch.device, m: int, n: int, k: int) -> TileConfig:
+    """Tiles for a product of ``[m, k]`` and ``[k, n]``, by what the mode in force asks (see ``tile_table.py``)."""
+    return _choose(kernel, arithmetic, device, m, n, k, tile_table.state())
+
+
 @functools.lru_cache(maxsize=4096)
-def _chosen(kernel: str, arithmetic: str, device: torch.device, m: int, n: int, k: int) -> TileConfig:
-    if device.type != "cuda":
-        return heuristic(kernel, candidates(kernel, arithmetic, 90), DEFAULT_MULTIPROCESSORS, m, n, k)
-    capability, shared, multiprocessors = device_facts(device)
-    return heuristic(kernel, candidates(kernel, arithmetic, capability, shared), multiprocessors, m, n, k)
+def _choose(
+    kernel: str, arithmetic: str, device: torch.device, m: int, n: int, k: int, state: tuple[str, int]
+) -> TileConfig:
+    chip = tile_table.chip_of(device) if device.type == "cuda" else NO_CHIP
+    among = candidates(kernel, arithmetic, chip.capability, chip.shared_memory)
+    mode = state[0]
+    if device.type == "cuda" and mode != "deterministic":
+        wanted = tile_table.key(kernel, arithmetic, m, n, k)
+        found = as_config(tile_table.lookup(chip, wanted), among)
+        if found is None and mode == "tune" and not torch.cuda.is_current_stream_capturing():
+            from . import tuning
+
+            found = tuning.tune(kernel, arithmetic, device, m, n, k)
+        if found is not None:
+            return found
+    return heuristic(kernel, among, chip.multiprocessors, m, n, k)
 
 
 def forward_config(x: Tensor, weight: Tensor, rows: int) -> TileConfig:
     """Tiles of ``layer_forward`` for ``weight[out, in]``."""
     out, inner = weight.shape
-    return _chosen("forward", arithmetic_of(weight.dtype), x.device, rows, out, inner)
+    return choose("forward", arithmetic_of(weight.dtype), place(x), rows, out, inner)
 
 
 def backward_config(g: Tensor, weight: Tensor, rows: int) -> TileConfig:
     """Tiles of ``layer_backward`` for ``weight[out, in]``."""
     out, inner = weight.shape
-    return _chosen("backward", arithmetic_of(weight.dtype), g.device, rows, inner, out)
+    return choose("backward", arithmetic_of(weight.dtype), place(g), rows, inner, out)
 
 
 def weight_config(grad_y: Tensor, x: Tensor, dtype: torch.dtype) -> TileConfig:
     """Tiles and splits of ``weight_gradient``, for a product in ``dtype``."""
-    return _chosen("weight", arithmetic_of(dtype), x.device, grad_y.shape[1], x.shape[1], x.shape[0])
+    return choose("weight", arithmetic_of(dtype), place(x), grad_y.shape[1], x.shape[1], x.shape[0])
 
 
-def policy(dtype: torch.dtype) -> tuple[str, ...]:
+def policy(dtype: torch.dtype) -> tuple[Any, ...]:
     """What choices depend on besides shape, dtype and device."""
-    return (arithmetic_of(dtype),)
+    return (arithmetic_of(dtype), *tile_table.state())
 
 
-def strategy(dtype: torch.dtype, rows: int, width: int) -> str:
-    """``"fused"`` or ``"plain"``, for the layers of a stack of this width with products in ``dtype``."""
-    limit = FUSED_WIDTH_IEEE if arithmetic_of(dtype) == "ieee" else FUSED_WIDTH
+STRATEGIES = ("fused", "two-pass", "plain")
+
+
+def strategy(dtype: torch.dtype, rows: int, width: int, device: torch.device | None = None) -> str:
+    """``"fused"``, ``"two-pass"`` or ``"plain"``, for the layers of a stack of this width with products in ``dtype``.
+
+    By a table where one has the shape on this device, else by arithmetic (above): never two passes.
+    """
+    return _strategy(arithmetic_of(dtype), rows, width, device, tile_table.state())
+
+
+@functools.lru_cache(maxsize=4096)
+def _strategy(arithmetic: str, rows: int, width: int, device: torch.device | None, state: tuple[str, int]) -> str:
+    mode = state[0]
+    if device is not None and device.type == "cuda" and mode != "deterministic":
+        found = tile_table.lookup(tile_table.chip_of(device), tile_table.key("layer", arithmetic, rows, width))
+        if found is None and mode == "tune" and not torch.cuda.is_current_stream_capturing():
+            from . import tuning
+
+            found = tuning.tune_strategy(arithmetic, device, rows, width)
+        if found in STRATEGIES:
+            return str(found)
+    limit = FUSED_WIDTH_IEEE if arithmetic == "ieee" else FUSED_WIDTH
     return "fused" if width <= limit else "plain"

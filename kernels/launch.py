@@ -74,6 +74,21 @@ def call(function: Callable[..., Any], *arguments: Any) -> None:
         _recording.tape._steps.append(_Step(function, None, arguments, {}))
 
 
+def place(tensor: Tensor) -> torch.device:
+    """The device that launches on this tensor go to: of a stand-in, the tape's."""
+    return tensor.device if _recording.tape is None else _recording.tape.device
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Inside, launches and calls run at once although a tape is being recorded."""
+    tape, _recording.tape = _recording.tape, None
+    try:
+        yield
+    finally:
+        _recording.tape = tape
+
+
 class Tape:
     """A straight line of launches and calls over numbered values, recorded with stand-ins and played with tensors.
 
@@ -86,15 +101,15 @@ class Tape:
     """
 
     def __init__(self, device: torch.device, aligned: bool) -> None:
-        self._device = device
+        self.device = device
         self._aligned = aligned
         self._inputs: list[Any] = []
         self._parts: list[tuple[Tensor, list[Tensor]]] = []
         self._steps: list[_Step] = []
         self._temporaries: list[tuple[tuple[int, ...], torch.dtype]] = []
-        self._unbound: list[int] = []
+        self._unbound: list[tuple[int, bool]] = []  # which value, and whether its parts are wanted as tensors
         self._constants: list[Any] = []
-        self._program: list[tuple[bool, Callable[..., Any], Callable[[list[Any]], Any]]] = []
+        self._program: list[tuple[Callable[..., Any], Callable[[list[Any]], Any], bool]] = []
 
     # --- recording ---
 
@@ -136,9 +151,10 @@ class Tape:
         owner = {id(part): tensor for tensor, parts in self._parts for part in parts}
         index |= self._place_temporaries(index, owner)
         count = len(self._inputs) + len(self._temporaries)
+        as_tensors = {id(v) for step in self._steps if not _compiles(step) for v in _flat(step.arguments)}
         for tensor, parts in self._parts:
             if id(tensor) in index:  # a temporary that nothing uses has no place
-                self._unbound.append(index[id(tensor)])
+                self._unbound.append((index[id(tensor)], any(id(part) in as_tensors for part in parts)))
                 index |= {id(part): count + i for i, part in enumerate(parts)}
                 count += len(parts)
 
@@ -161,7 +177,7 @@ class Tape:
                 take = _nested(places)
             else:
                 take = itemgetter(*places)
-            self._program.append((step.grid is not None, self._bind(step), take))
+            self._program.append((self._bind(step), take, _compiles(step)))
         # What only recording needs.
         self._inputs, self._parts, self._steps = [], [], []
 
@@ -198,36 +214,50 @@ class Tape:
     def _bind(self, step: _Step) -> Callable[..., Any]:
         if step.grid is None:
             return step.target
-        if not isinstance(step.target, triton.runtime.JITFunction):  # the interpreter
+        if not _compiles(step):
             return _Interpreted(step.target, step.grid, step.options)
         arguments = (_prototype(a, self._aligned) for a in step.arguments)
         compiled = step.target.warmup(*arguments, grid=step.grid, **step.options)
         if hasattr(compiled, "result"):  # under Triton's asynchronous compilation
             compiled = compiled.result()
-        return compiled[(*step.grid, 1, 1)[:3]]
+        return _Compiled(compiled, (*step.grid, 1, 1)[:3])
 
     # --- playing ---
 
     def play(self, values: Sequence[Any]) -> None:
         """Run on the current stream of the tape's device, with one value for each input, in order."""
-        device = self._device
+        device = self.device
         state = list(values)
         for shape, dtype in self._temporaries:
             state.append(torch.empty(shape, dtype=dtype, device=device))
-        for i in self._unbound:
-            state.extend(state[i].unbind(0))
-        state.extend(self._constants)
+        # Compiled kernels take addresses: asking each tensor once costs less than letting every launch ask for its own.
+        addresses = [v.data_ptr() if isinstance(v, Tensor) else v for v in state]
+        for i, as_tensors in self._unbound:
+            tensor, count = state[i], len(state[i])
+            bytes_a_part = tensor.stride(0) * tensor.element_size()
+            start = addresses[i]
+            addresses += [start + n * bytes_a_part for n in range(count)]
+            state += tensor.unbind(0) if as_tensors else [None] * count
+        state += self._constants
+        addresses += self._constants
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        for is_kernel, run, take in self._program:
-            if is_kernel:
-                run(*take(state), stream=stream)
+        if _hooks():
+            for run, take, _ in self._program:
+                if isinstance(run, _Compiled):
+                    run.observed(stream, take(addresses))
+                else:
+                    run(*take(state))
+            return
+        for run, take, is_compiled in self._program:
+            if is_compiled:
+                run(stream, take(addresses))
             else:
                 run(*take(state))
 
     @property
     def launches(self) -> int:
         """How many kernels a play launches, not counting those of PyTorch's functions."""
-        return sum(is_kernel for is_kernel, _, _ in self._program)
+        return sum(isinstance(run, (_Compiled, _Interpreted)) for run, _, _ in self._program)
 
     @property
     def temporary_bytes(self) -> int:
@@ -235,13 +265,45 @@ class Tape:
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._temporaries)
 
 
+class _Compiled:
+    """A compiled kernel, loaded, on its grid."""
+
+    __slots__ = ("_function", "_grid", "_kernel", "_metadata", "_run")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...]) -> None:
+        self._run = kernel.run  # loads the binary
+        self._function, self._metadata = kernel.function, kernel.packed_metadata
+        self._kernel, self._grid = kernel, grid
+
+    def __call__(self, stream: int, arguments: tuple[Any, ...]) -> None:
+        """As ``kernel[grid](*arguments, stream=stream)``, which spends 1.6 us in looking for hooks."""
+        self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *arguments)
+
+    def observed(self, stream: int, arguments: tuple[Any, ...]) -> None:
+        """The same with Triton's hooks."""
+        self._kernel[self._grid](*arguments, stream=stream)
+
+
 class _Interpreted:
+    """A kernel in Triton's interpreter, which takes tensors."""
+
     def __init__(self, kernel: Any, grid: tuple[int, ...], options: dict[str, int]) -> None:
         self._launch = kernel[grid]
         self._options = options
 
-    def __call__(self, *arguments: Any, stream: int) -> None:
+    def __call__(self, *arguments: Any) -> None:
         self._launch(*arguments, **self._options)
+
+
+def _hooks() -> bool:
+    """Whether somebody (a profiler) wants to be told of launches."""
+    runtime = triton.knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+def _compiles(step: _Step) -> bool:
+    return step.grid is not None and isinstance(step.target, triton.runtime.JITFunction)
 
 
 def _flat(arguments: Sequence[Any]) -> Iterator[Any]:

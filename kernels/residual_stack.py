@@ -78,7 +78,9 @@ class StackGradients(NamedTuple):
     norm_biases: Tensor
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
+    """The three passes of a layer, by a strategy."""
+
     forward: Callable[..., tuple[Tensor, Moments | None]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     weight: Callable[..., Tensor]
@@ -90,10 +92,10 @@ def _two_pass_forward(*args: Any, moments: bool, **kwargs: Any) -> tuple[Tensor,
     return y, column_moments(y) if moments else None
 
 
-_LAYERS = {
-    "fused": _Layer(layer_forward, layer_backward, weight_gradient),
-    "two-pass": _Layer(_two_pass_forward, layer_backward, weight_gradient),
-    "plain": _Layer(plain_layer_forward, plain_layer_backward, plain_weight_gradient),
+LAYERS = {
+    "fused": Layer(layer_forward, layer_backward, weight_gradient),
+    "two-pass": Layer(_two_pass_forward, layer_backward, weight_gradient),
+    "plain": Layer(plain_layer_forward, plain_layer_backward, plain_weight_gradient),
 }
 
 
@@ -194,7 +196,7 @@ def stack_forward(
         x.device, _aligned(x, weights), rows, width, len(weights), options, eps, x.dtype, weights[0].dtype,
         _needs_cast(weights, options.dtype), _dtype_of(biases), _dtype_of(norm_weights), _dtype_of(norm_biases),
         _dtype_of(running_means), keep, bool(momentum), False, (),
-        *_choice(options, rows, width),
+        *_choice(options, x),
     )  # fmt: skip
     inner_shape, stream_shape, norms_shape = _kept_shapes(key)
     result = torch.empty_like(x)
@@ -215,8 +217,9 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _choice(options: StackOptions, rows: int, width: int) -> tuple[str, tuple[Any, ...]]:
-    return configurations.strategy(options.dtype, rows, width), configurations.policy(options.dtype)
+def _choice(options: StackOptions, x: Tensor) -> tuple[str, tuple[Any, ...]]:
+    strategy = configurations.strategy(options.dtype, x.shape[0], x.shape[1], x.device)
+    return strategy, configurations.policy(options.dtype)
 
 
 @functools.lru_cache(maxsize=128)
@@ -261,8 +264,8 @@ class _Norms:
         return merge_moments(*moments, key.rows, weight, bias, key.eps, out=self.out[i], **update)
 
 
-def _setting(key: _Key) -> tuple[_Layer, dict[str, Any]]:
-    return _LAYERS[key.strategy], {"activation": key.options.activation, "negative_slope": key.options.negative_slope}
+def _setting(key: _Key) -> tuple[Layer, dict[str, Any]]:
+    return LAYERS[key.strategy], {"activation": key.options.activation, "negative_slope": key.options.negative_slope}
 
 
 def _forward_pre(
@@ -339,7 +342,7 @@ def stack_backward(
     key = _Key(
         x.device, _aligned(x, [grad], weights), rows, width, depth, options, 0.0, x.dtype, weights[0].dtype,
         _needs_cast(weights, options.dtype), None, None, None, None, True, False, need_x, need,
-        *_choice(options, rows, width),
+        *_choice(options, x),
     )  # fmt: skip
     grads = StackGradients(
         torch.empty_like(x) if need_x else None,

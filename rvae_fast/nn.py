@@ -31,18 +31,41 @@ def check_rows(name: str, x: Any, features: int) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
 
 
-def _advance(norm: nn.BatchNorm1d) -> tuple[bool, float]:
-    """Count the batch and say how a norm is to run: (by batch statistics?, weight of the batch in the averages).
+def _advance(norms: Sequence[nn.BatchNorm1d]) -> tuple[list[bool], list[float]]:
+    """Count the batch and say how each norm is to run: (by batch statistics?, weight of the batch in the averages).
 
     The rules are ``nn.BatchNorm1d.forward``'s, each norm by its own training flag, so that freezing some norms with
     ``norm.eval()`` works as it does there.
     """
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    return norm.training or norm.running_mean is None, momentum
+    momentum = [0.0 if norm.momentum is None else norm.momentum for norm in norms]
+    counts = _values(norms, "num_batches_tracked")
+    moving = [
+        norm.training and norm.track_running_stats and count is not None
+        for norm, count in zip(norms, counts, strict=True)
+    ]
+    if any(moving):
+        cumulative = any(norm.momentum is None for norm in norms)
+        if all(moving) and not cumulative and len(set(map(id, counts))) == len(counts):
+            torch._foreach_add_(counts, 1)  # on a GPU one launch, not one a norm
+        else:
+            for i, norm in enumerate(norms):  # a norm that is there twice counts twice
+                if moving[i]:
+                    counts[i].add_(1)
+                    if norm.momentum is None:
+                        momentum[i] = 1.0 / float(counts[i])
+    means = _values(norms, "running_mean")
+    return [norm.training or mean is None for norm, mean in zip(norms, means, strict=True)], momentum
+
+
+def _values(modules: Sequence[nn.Module], name: str) -> list[Any]:
+    """The parameter or buffer of each module, past ``nn.Module.__getattr__``, whose toll deep stacks would notice."""
+    if not torch.compiler.is_compiling():
+        try:
+            kind = "_parameters" if name in ("weight", "bias") else "_buffers"
+            return [module.__dict__[kind][name] for module in modules]
+        except KeyError:  # parametrised, pruned
+            pass
+    return [getattr(module, name) for module in modules]
 
 
 def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
@@ -50,15 +73,11 @@ def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
     first = blocks[0]
     norms: list[Any] = [norm for block in blocks for norm in block.norms]
     linears: list[Any] = [linear for block in blocks for linear in block.linears]
-    batch_stats, momentum = zip(*(_advance(norm) for norm in norms), strict=True)
+    batch_stats, momentum = _advance(norms)
     return residual_stack(
         input,
-        [linear.weight for linear in linears],
-        [linear.bias for linear in linears],
-        [norm.weight for norm in norms],
-        [norm.bias for norm in norms],
-        [norm.running_mean for norm in norms],
-        [norm.running_var for norm in norms],
+        *(_values(linears, name) for name in ("weight", "bias")),
+        *(_values(norms, name) for name in ("weight", "bias", "running_mean", "running_var")),
         layers=first.layers,
         order=first.order,
         activation=first.activation,
