@@ -89,8 +89,15 @@ data: $(STAMP)/install $(STAMP)/extra-data
 
 # ------------------------------------------------------------------------------------------------------------- for developers
 .PHONY: test lint format bench test-sanitize check-cuda dist clean distclean
-test: $(STAMP)/install $(STAMP)/extra-test
+test: $(STAMP)/install $(STAMP)/extra-test $(STAMP)/tests-triton
 	$(PY) -m pytest $(ARGS)
+
+# Triton runs interpreted and cross-compiles without a GPU. Where it cannot be installed its tests skip, and say so; the
+# next run tries again.
+.PHONY: $(STAMP)/tests-triton
+$(STAMP)/tests-triton: | $(STAMP)/install
+	@[ -e $(STAMP)/extra-triton ] || $(MAKE) --no-print-directory triton || \
+	  echo "Triton cannot be installed here: its tests will skip"
 
 lint: $(STAMP)/install $(STAMP)/extra-lint
 	$(BIN)/ruff check .

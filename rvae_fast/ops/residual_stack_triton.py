@@ -26,7 +26,16 @@ _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # --- what the kernels cover ---
 
 
+_chips: dict[int, str | None] = {}
+
+
 def _chip_why_not(index: int) -> str | None:
+    if index not in _chips:
+        _chips[index] = _ask_chip(index)
+    return _chips[index]
+
+
+def _ask_chip(index: int) -> str | None:
     if torch.version.hip is not None:
         return "ROCm devices"
     major, minor = torch.cuda.get_device_capability(index)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 import rvae_fast
 from rvae_fast import ResidualStack
+from rvae_fast._activations import ACTIVATIONS
 
 ORDERS = ("pre", "post")
 
@@ -45,7 +48,7 @@ def test_a_hundred_layers_do_not_drift(triton: torch.device) -> None:
 
 
 def test_running_statistics_over_many_steps(triton: torch.device) -> None:
-    width, steps = (256, 50) if triton.type == "cuda" else (12, 5)
+    width, steps = (256, 100) if triton.type == "cuda" else (12, 5)
     one = make(width, 2).to(triton)
     two = copy.deepcopy(one)
     with torch.no_grad():
@@ -67,7 +70,170 @@ def test_repeats_bit_for_bit(triton: torch.device) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_models_in_a_half_dtype(order: str, dtype: torch.dtype, triton: torch.device) -> None:
+    """Parameters, rows and state in bf16 or fp16, without autocast."""
+    for width, batch in sizes(triton, (33, 40)):
+        module = make(width, 2, order=order, activation="silu")
+        x = torch.randn(batch, width, device=triton).requires_grad_()
+        assert_within_bound(module.to(triton), x, dtype=dtype)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_in_evaluation_and_training(activation: str, order: str, triton: torch.device) -> None:
+    if triton.type == "cpu" and activation not in ("gelu", "tanh"):
+        pytest.skip("tests/kernels/interpreted has the others")
+    width, batch = (100, 1001) if triton.type == "cuda" else (9, 17)
+    module = make(width, 2, order=order, activation=activation).to(triton)
+    for training in (True, False):
+        x = torch.randn(batch, width, device=triton).requires_grad_()
+        assert_within_bound(module.train(training), x)
+
+
+@pytest.mark.parametrize(
+    "options", [{"affine": False}, {"bias": False}, {"track_running_stats": False}, {"momentum": None}, {"layers": 3}]
+)
+def test_options(options: dict[str, Any], triton: torch.device) -> None:
+    width, batch = (65, 301) if triton.type == "cuda" else (9, 17)
+    for order in ORDERS:
+        module = make(width, 2, order=order, activation="elu", **options).to(triton)
+        assert_within_bound(module, torch.randn(batch, width, device=triton).requires_grad_())
+
+
+@pytest.mark.parametrize("frozen", ["norms", "linears", "1.linears.0", ".bias", ""])
+def test_frozen_parameters(frozen: str, triton: torch.device) -> None:
+    width, batch = (100, 301) if triton.type == "cuda" else (9, 17)
+    for needs in (True, False):
+        module = make(width, 2, activation="silu").to(triton)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(frozen not in name)
+        assert_within_bound(module, torch.randn(batch, width, device=triton).requires_grad_(needs))
+
+
+def test_layouts(triton: torch.device) -> None:
+    width, batch = (64, 301) if triton.type == "cuda" else (8, 17)
+    module = make(width, 2, activation="silu").to(triton)
+    assert_within_bound(module, torch.randn(width, batch, device=triton).t().requires_grad_())
+    odd = torch.randn(1 + batch * width, device=triton)[1:].view(batch, width)  # between multiples of 16 bytes
+    assert_within_bound(module, odd.requires_grad_())
+    assert module.eval()(odd[:0]).shape == (0, width)
+    assert module(odd[:1]).shape == (1, width)
+
+
 # --- CUDA itself ---
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("order", ORDERS)
+def test_tf32(order: str, cuda: torch.device, triton: torch.device) -> None:
+    """Both sides with TF32 products; and they are used: IEEE's error would be far smaller."""
+    for width, batch in ((65, 51), (512, 2048)):
+        module = make(width, 2, order=order, activation="silu").to(cuda)
+        assert_within_bound(module, torch.randn(batch, width, device=cuda).requires_grad_())
+    x = torch.randn(2048, 512, device=cuda)
+    with torch.no_grad():
+        coarse = module.eval()(x)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert (module(x) - coarse).abs().max() > 1e-5 * coarse.abs().max()
+
+
+def test_every_strategy(cuda: torch.device, triton: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rvae_fast.kernels import configurations
+
+    for strategy in configurations.STRATEGIES:
+        monkeypatch.setattr(configurations, "strategy", lambda *_, chosen=strategy: chosen)
+        for order in ORDERS:
+            module = make(257, 2, order=order, activation="silu").to(cuda)
+            assert_within_bound(module, torch.randn(999, 257, device=cuda).requires_grad_())
+
+
+def test_every_tile(cuda: torch.device, triton: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each configuration that can be chosen on this chip, by value and not only by compilation."""
+    from rvae_fast.kernels import configurations
+
+    capability, shared, _ = configurations.device_facts(cuda)
+    module = make(257, 1, activation="silu").to(cuda)
+    x = torch.randn(999, 257, device=cuda).requires_grad_()
+    most = max(len(c) for c in configurations._CANDIDATES.values())
+    for half in (None, torch.bfloat16):
+        for number in range(most):
+
+            def choose(kernel: str, arithmetic: str, *_: Any, number: int = number) -> Any:
+                among = configurations.candidates(kernel, arithmetic, capability, shared)
+                return among[min(number, len(among) - 1)]._replace(splits=1 + 2 * (kernel == "weight"))
+
+            monkeypatch.setattr(configurations, "choose", choose)
+            monkeypatch.setattr(configurations, "policy", lambda *_, number=number: ("test", number))
+            assert_within_bound(module, x, autocast=half)
+
+
+def test_tuning_changes_no_state(cuda: torch.device, triton: torch.device, tmp_path, monkeypatch) -> None:
+    from rvae_fast.kernels import tile_table
+
+    monkeypatch.setenv(tile_table.FOLDER_VARIABLE, str(tmp_path))
+    tile_table.forget()
+    module, x = make(96, 2, activation="silu").to(cuda), torch.randn(513, 96, device=cuda).requires_grad_()
+    with tile_table.tiles("tune"):
+        assert_within_bound(module, x)
+    assert tile_table.read(tile_table.measured_path(tile_table.chip_of(cuda)))
+    tile_table.forget()
+
+
+def test_on_another_stream(cuda: torch.device, triton: torch.device) -> None:
+    """The kernels run on the current stream: behind a long kernel there, they see what it wrote."""
+    module = make(128, 2).to(cuda)
+    x, up = torch.randn(512, 128, device=cuda), torch.randn(512, 128, device=cuda)
+    expected = step(module, x, up, "triton")
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(x)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        result = step(module, late, up, "triton")
+    torch.cuda.synchronize()
+    assert all(torch.equal(value, result[name]) for name, value in expected.items())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_a_device_that_is_not_current(triton: torch.device) -> None:
+    module, x = make(64, 2).to("cuda:1"), torch.randn(65, 64, device="cuda:1").requires_grad_()
+    with torch.cuda.device(0):
+        assert_within_bound(module, x)
+
+
+def test_op_and_second_derivatives(cuda: torch.device, triton: torch.device) -> None:
+    stack = make(33, 2, activation="gelu").to(cuda)
+    norms, linears = [n for b in stack for n in b.norms], [m for b in stack for m in b.linears]
+    lists = [[getattr(m, name) for m in ms] for ms in (linears, norms) for name in ("weight", "bias")]
+    state = [[n.running_mean for n in norms], [n.running_var for n in norms]]
+    x = torch.randn(20, 33, device=cuda, requires_grad=True)
+    tail = (2, "pre", "gelu", 0.01, 1e-5, True, torch.float32, True)
+    torch.library.opcheck(torch.ops.rvae_fast.residual_stack.default, (x, *lists, *state, *tail))
+    seconds = []
+    for backend in ("triton", "reference"):
+        with rvae_fast.backend(backend):
+            (first,) = torch.autograd.grad(stack(x).square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), [x, *stack.parameters()], allow_unused=True))
+    for a, b in zip(*seconds, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_not_covered_runs_or_raises(cuda: torch.device) -> None:
+    stack, x = ResidualStack(16, 2).to(cuda).double(), torch.randn(20, 16, device=cuda, dtype=torch.float64)
+    assert stack(x).dtype == torch.float64  # "auto": the reference
+    with rvae_fast.backend("triton"), pytest.raises(RuntimeError, match="does not cover"):
+        stack(x)
 
 
 @pytest.mark.parametrize("order", ORDERS)
