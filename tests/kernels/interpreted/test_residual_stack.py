@@ -98,13 +98,6 @@ def test_training_matches_the_reference(order: str, layers: int, mode: str, monk
     check(torch.randn(37, 65) * 2 + 1, make(65, 2 * layers), options_for(order, layers, "leaky_relu", 0.2))
 
 
-@pytest.mark.parametrize("width", [1, 31, 100, 257])
-@pytest.mark.parametrize("order", ["pre", "post"])
-def test_odd_widths(order: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configurations, "strategy", lambda *_: "fused")
-    check(torch.randn(71, width), make(width, 2), options_for(order, 1, "silu"))
-
-
 @pytest.mark.parametrize("batch_stats", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("order", ["pre", "post"])
