@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=270.0, help="seconds in all (default 270)")
     parser.add_argument("--only", default="", help="a regular expression on 'cell: variant'")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default benchmarks/results)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results; dry: build)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
     parser.add_argument("--floors", nargs=2, type=float, metavar=("TFLOPS", "TBS"), help="print the cells' floors")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -237,7 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
     device = facts(options.dry_run)
     slug = "dry-run" if options.dry_run else re.sub(r"[^a-z0-9]+", "-", device["gpu"].lower()).strip("-")
-    path = options.out / f"gpu-{slug}.json"
+    folder = options.out or (RESULTS.parents[1] / "build" if options.dry_run else RESULTS)
+    path = folder / f"gpu-{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "suite": "gpu", "device": device, "budget": options.budget, "dry_run": options.dry_run, "results": [],

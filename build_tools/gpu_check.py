@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Everything in order; 0 when the tests passed and something was measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds in all")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"), help="folder of the results")
+    parser.add_argument("--out", help="folder of the results (default: the benchmark's)")
     parser.add_argument("--only", default="", help="tests whose names match (pytest -k), and cells that do")
     parser.add_argument("--no-install", action="store_true", help="rvae_fast is installed already")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU: interpreter, toy sizes; proves the scripts")
@@ -116,8 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("no time left for the benchmarks")
         return 1
     environment.pop("TRITON_INTERPRET", None)
-    bench = [python, "benchmarks/bench_gpu.py", "--budget", f"{left:.0f}", "--out", options.out]
-    bench += ["--only", options.only] * bool(options.only) + ["--dry-run"] * options.dry_run
+    bench = [python, "benchmarks/bench_gpu.py", "--budget", f"{left:.0f}"] + ["--dry-run"] * options.dry_run
+    for name, value in (("--out", options.out), ("--only", options.only)):
+        bench += [name, value] * bool(value)
     statuses["benchmarks"] = run("benchmarks", bench, left + 15.0, environment)
     failed = [name for name, status in statuses.items() if status != 0]
     print(f"\n{'failed: ' + ', '.join(failed) if failed else 'all passed'}; {time.monotonic() - began:.0f} s in all")

@@ -175,9 +175,9 @@ def test_a_cell_that_cannot_run_says_why() -> None:
 def test_dry_run(tmp_path: Path) -> None:
     """The real script and worker: every kind of variant of one workload, and the files it leaves."""
     only = r"last layer|roofs|train, W = 128, B = 1024, 50 blocks.*(rvae_fast|rvae_fast graph)$"
-    command = [sys.executable, "benchmarks/bench_gpu.py", "--dry-run", "--budget", "120"]
+    command = [sys.executable, "benchmarks/bench_gpu.py", "--dry-run", "--budget", "500"]
     done = subprocess.run(
-        [*command, "--only", only, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command, "--only", only, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "gpu-dry-run.json").read_text())
