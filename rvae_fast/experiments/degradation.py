@@ -52,13 +52,14 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
         names = [" ".join(p for p in (m, o, settings.variant) if p) for m, o in MODELS]
         own = {name: pick(here, series=name) for name in names}
         losses = {name: _losses(own[name]) for name in names}
-        deepest = max((d for d in losses[names[0]]), default=16)
+        deepest = max(losses[names[0]], default=16)
+        far = max((d for name in (names[1], names[4]) for d in losses[name] if d <= 64), default=64)
         found.claims += [
             turns_up(f"{data}: AE's loss turns up", losses[names[0]], deepest, "AE's train loss a pixel"),
             *(
                 keeps_falling(
-                    f"{data}: {name}'s loss keeps falling to 64 layers",
-                    {d: v for d, v in losses[name].items() if d <= 64},
+                    f"{data}: {name}'s loss keeps falling to {far} layers",
+                    {d: v for d, v in losses[name].items() if d <= far},
                     f"{name}'s train loss a pixel",
                 )
                 for name in (names[1], names[4])

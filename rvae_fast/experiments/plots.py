@@ -48,8 +48,10 @@ def plot_means(
     """
     published = {} if published is None else published
     every = [x for points in (*values.values(), *published.values()) for x in points]
-    labels = sorted(dict.fromkeys(every), key=lambda x: (isinstance(x, str), x))
+    labels = list(dict.fromkeys(every))
     classes = any(isinstance(x, str) for x in labels)
+    if all(str(x).isdigit() for x in labels):  # names of scores stay in the order given
+        labels.sort(key=int)
     at = {x: i for i, x in enumerate(labels)} if classes else {x: x for x in labels}
     names = list(dict.fromkeys([*values, *published]))
 
