@@ -98,26 +98,33 @@ def greater(
     return Claim(name, held, sentence, p)
 
 
-def at_least(name: str, values: Sequence[float], bound: float, quantity: str) -> Claim:
-    """The claim that a mean reaches a bound."""
+def at_least(name: str, values: Sequence[float], bound: float, quantity: str, *, largest: bool = False) -> Claim:
+    """The claim that the mean, or with ``largest`` the largest value, reaches a bound."""
     if not len(values):
-        return untested(name, f"there is no {quantity}")
-    held = bool(np.mean(values) >= bound)
-    sentence = (
-        f"{quantity} is {mean_sd(values)} over {len(values)} cells; asked for: at least {bound:g}. {_verdict(held)}"
+        return untested(name, f"No results yet for {quantity}")
+    figure, found = _figure(values, largest)
+    held = figure >= bound
+    return Claim(
+        name, held, f"{found} {quantity} ({len(values)} cells); asked for: at least {bound:g}. {_verdict(held)}"
     )
-    return Claim(name, held, sentence)
 
 
 def at_most(name: str, values: Sequence[float], bound: float, quantity: str, *, largest: bool = False) -> Claim:
-    """The claim that a mean, or with ``largest`` every value, stays within a bound."""
+    """The claim that the mean, or with ``largest`` every value, stays within a bound."""
     if not len(values):
-        return untested(name, f"there is no {quantity}")
-    worst = float(np.max(values) if largest else np.mean(values))
-    held = worst <= bound
-    found = f"at most {worst:.4g}" if largest else mean_sd(values)
-    sentence = f"{quantity} is {found} over {len(values)} cells; asked for: at most {bound:g}. {_verdict(held)}"
-    return Claim(name, held, sentence)
+        return untested(name, f"No results yet for {quantity}")
+    figure, found = _figure(values, largest)
+    held = figure <= bound
+    return Claim(
+        name, held, f"{found} {quantity} ({len(values)} cells); asked for: at most {bound:g}. {_verdict(held)}"
+    )
+
+
+def _figure(values: Sequence[float], largest: bool) -> tuple[float, str]:
+    if largest:
+        top = float(np.max(values))
+        return top, f"{top:.4g} is the largest"
+    return float(np.mean(values)), f"{mean_sd(values)} is the"
 
 
 def near_or_above(

@@ -68,8 +68,8 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
         plain = [value(row, "norm_ratio") for row in pick(here, variant="unclipped")]
         found.claims.append(
             at_least(
-                f"{data}: without clipping the gradient norm explodes", [max(plain)] if plain else [], SPIKE,
-                f"the largest step among {len(plain)} unclipped runs, in running medians of the norm,",
+                f"{data}: without clipping the gradient norm explodes", plain, SPIKE,
+                "gradient norm of a step without clipping, in running medians", largest=True,
             )
         )  # fmt: skip
         deep = [r for r in pick(here, variant=DEFAULTS, model="RVAE") if int(r["n_layers"]) >= 80]
@@ -78,7 +78,7 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
             found.claims.append(
                 at_most(
                     f"{data}: with the defaults 80 layers and more train without a spike of the {what}", spikes, SPIKE,
-                    f"the largest step, in running medians of the {what},", largest=True,
+                    f"{what} of a step with the defaults at 80 layers and more, in running medians", largest=True,
                 )
             )  # fmt: skip
         for model in ("RAE", "RVAE"):

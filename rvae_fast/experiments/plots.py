@@ -110,7 +110,7 @@ def plot_steps(name: str, title: str, runs: Mapping[str, np.ndarray], *, ylabel:
         plain_log_ticks(axes.yaxis, *axes.get_ylim())
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(ylabel)
-        axes.legend(loc="best")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
 
     found = "; ".join(
         f"{label}: median {number(float(np.median(v)))}, largest {number(float(np.max(v)))}"

@@ -70,7 +70,8 @@ def test_bounds() -> None:
     assert at_most("x", [1.0, 12.0], 10.0, "spike").held is True
     claim = at_most("x", [1.0, 12.0], 10.0, "spike", largest=True)
     assert claim.held is False
-    assert "at most 12" in claim.sentence
+    assert claim.sentence.startswith("12 is the largest spike (2 cells); asked for: at most 10.")
+    assert at_least("x", [1.0, 12.0], 10.0, "spike", largest=True).held is True
 
 
 def test_near_or_above_names_the_classes_that_fall_short() -> None:
