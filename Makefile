@@ -2,7 +2,8 @@
 #
 #   make demo                    train an RVAE on the embedded digits, score held-out rows, write a report
 #   make demo DATA=mnist DIGIT=0 the same on MNIST's 70,000 images (fetched once)
-#   make test | lint | bench     the test suite; ruff and mypy; the benchmarks
+#   make test | lint | bench     the test suite; ruff and mypy; the benchmarks in a short form
+#   make bench-full              all benchmarks with every rival, recorded, and the README's table and plot drawn again
 #   make data                    fetch the data sets into the cache folder
 #   make gpu                     on a machine with a GPU: test and measure what runs there, in eight minutes, without network
 #   make native                  recompile the native module in place (quick; for work on csrc/)
@@ -88,7 +89,7 @@ data: $(STAMP)/install $(STAMP)/extra-data
 	$(BIN)/rvae-fast data fetch $(DATASETS)
 
 # ------------------------------------------------------------------------------------------------------------- for developers
-.PHONY: test lint format bench test-sanitize check-cuda dist clean distclean
+.PHONY: test lint format bench bench-full test-sanitize check-cuda dist clean distclean
 test: $(STAMP)/install $(STAMP)/extra-test $(STAMP)/tests-triton
 	$(PY) -m pytest $(ARGS)
 
@@ -111,8 +112,14 @@ format: $(STAMP)/install $(STAMP)/extra-lint
 bench: $(STAMP)/install $(STAMP)/extra-bench
 	$(PY) -m pytest benchmarks $(BENCH_ARGS)
 
-# The native module with AddressSanitizer and UBSan, in a folder of its own, under the tests of the ops.
-SANITIZE_TESTS ?= tests/ops
+# A suite at a time, so that none inherits another's heap; hours with all units (BENCH_ARGS="--units eighth" for less).
+BENCH_SUITES ?= $(wildcard benchmarks/bench_*.py)
+bench-full: $(STAMP)/install $(STAMP)/extra-bench
+	for suite in $(BENCH_SUITES); do $(PY) -m pytest -c benchmarks/pytest.ini $$suite --full $(BENCH_ARGS); done
+	$(PY) benchmarks/readme.py
+
+# The native module with AddressSanitizer and UBSan, in a folder of its own, under the tests of the ops and of the scorer.
+SANITIZE_TESTS ?= tests/ops tests/test_scorer.py
 test-sanitize: $(STAMP)/install $(STAMP)/extra-test
 	RVAE_FAST_NATIVE=1 RVAE_FAST_SANITIZE=address,undefined $(PY) setup.py -q build_ext --build-lib build/sanitize
 	RVAE_FAST_NATIVE_DIR=$(CURDIR)/build/sanitize/rvae_fast ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

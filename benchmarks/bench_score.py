@@ -1,53 +1,68 @@
-"""Scores of a batch, and of one row: the frozen scorer against the model in eval, eager and (in full) compiled.
+"""Scores of a batch, and of one row: the frozen scorer against the same network in eval by PyTorch and ONNX Runtime.
 
-In eval PyTorch's best bf16 is a model cast to bf16, its BatchNorms included. The floor is the network's matrix products
-by ``torch.mm``, one a layer.
+Floors: the network's matrix products by ``torch.mm`` in the same dtype ("products"), and by the micro-kernels and on
+the tiles that the scorer itself uses, with nothing between them ("brgemm"). The short form leaves ``torch.compile``
+out; its max-autotune, which compiles for minutes a network, takes part with ``--max-autotune``.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import harness
 import pytest
+import rivals
 import torch
-from torch import Tensor, nn
-from workloads import BATCH, model, on, products, rows
+from torch import nn
+from workloads import BATCH, model, products, rows
 
-from rvae_fast import RVAE, freeze
+from rvae_fast import Scorer, freeze
 from rvae_fast.ops.residual_stack import HAS_BF16_PRODUCTS
 
 
-def eager(net: RVAE, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    net = copy.deepcopy(net).to(dtype)
-
-    def run(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            mean = net.encoder(x.to(dtype))[:, : net.latent_features]
-            return (net.decoder(mean).float() - x).square().sum(1)
-
-    return run
+def floor(scorer: Scorer, batch: int) -> Callable[[Any], None]:
+    program, weights, _ = scorer._program
+    bf16 = scorer.precision == "bf16"
+    return lambda _: torch.ops.rvae_fast.score_products(program, weights, batch, bf16)
 
 
 @pytest.mark.parametrize("one_row", [False, True], ids=["batch", "row"])
 @pytest.mark.parametrize("workload", ["article", "table", "deep", "wide"])
-def test_score(workload: str, one_row: bool, compare: Callable[..., Any], device: torch.device, full: bool) -> None:
+def test_score(
+    workload: str,
+    one_row: bool,
+    compare: Callable[..., Any],
+    device: torch.device,
+    full: bool,
+    deep: bool,
+    autotune: bool,
+) -> None:
     if device.type != "cpu":
         pytest.skip("this suite measures the CPU")
-    net = model(workload, full).eval()
+    net = model(workload, deep).eval()
     layers = sum(isinstance(m, nn.Linear) for m in net.modules())
     batch = 1 if one_row else BATCH[workload]
-    variants = []
-    if HAS_BF16_PRODUCTS:
-        variants.append(harness.Variant("rvae_fast bf16", freeze(net, "bf16")))
-    variants.append(harness.Variant("rvae_fast fp32", freeze(net, "fp32")))
+    inputs = rows(workload, device, batch)
+    precisions = ["bf16", "fp32"] if HAS_BF16_PRODUCTS else ["fp32"]
+    scorers = {precision: freeze(net, precision) for precision in precisions}
+    ours = [harness.Variant(f"rvae_fast {precision}", scorer) for precision, scorer in scorers.items()]
+    others = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        variants.append(harness.Variant(f"eager {name}", on("reference", eager(net, dtype))))
-        variants.append(harness.Variant(f"products {name}", products(net, batch, dtype, training=False)))
+        others.append(harness.Variant(f"eager {name}", rivals.eager(net, dtype)))
         if full:
-            compiled = torch.compile(eager(net, dtype), fullgraph=True, dynamic=False, options={"freezing": True})
-            variants.append(harness.Variant(f"compile {name}", on("reference", compiled)))
+            for mode in ("default", "max-autotune") if autotune and not one_row else ("default",):
+                others.append(harness.Variant(f"compile {mode} {name}", rivals.compiled(net, dtype, mode)))
+    reason = rivals.why_no_onnx()
+    if reason is None:
+        others.append(harness.Variant("ONNX Runtime fp32", rivals.onnx_runtime(net, batch)))
+    rivals.check(scorers["fp32"], others, inputs[0])
+    floors = [harness.Variant(f"brgemm {precision}", floor(scorer, batch)) for precision, scorer in scorers.items()]
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        floors.append(harness.Variant(f"products {name}", products(net, batch, dtype, training=False)))
     case = {"workload": workload, "layers": layers, "batch": batch}
-    compare(case, variants, rows(workload, device, batch), rounds=30 if full else 7)
+    quick = one_row or workload == "article"
+    rounds = (50 if quick else 5) if full else (15 if quick else 3)
+    comparison = compare(case, [*ours, *others, *floors], inputs, rounds=rounds)
+    if reason is not None:
+        comparison.notes["ONNX Runtime"] = reason

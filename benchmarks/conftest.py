@@ -17,6 +17,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--full", action="store_true", help=f"{FULL_ROUNDS} rounds instead of {SHORT_ROUNDS}; write results/"
     )
+    group.addoption(
+        "--units", choices=("all", "eighth"), help="residual units of table, deep and wide; default: all with --full"
+    )
+    group.addoption("--max-autotune", action="store_true", help="let torch.compile's max-autotune take part as well")
     group.addoption("--bench-device", default="cpu", help="cpu (default) or cuda")
 
 
@@ -38,6 +42,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def deep(request: pytest.FixtureRequest, full: bool) -> bool:
+    """Whether the deep workloads run with all of their residual units, or with an eighth of them."""
+    chosen = request.config.getoption("--units")
+    return full if chosen is None else chosen == "all"
+
+
+@pytest.fixture(scope="session")
+def autotune(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--max-autotune"))
 
 
 @pytest.fixture
@@ -72,6 +88,25 @@ def compare(
     return run
 
 
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[..., harness.Comparison]:
+    """Write down a comparison that the benchmark timed itself."""
+
+    def run(case: dict[str, Any], timings: list[harness.Timing], **notes: Any) -> harness.Comparison:
+        suite = request.path.stem.removeprefix("bench_")
+        comparison = harness.Comparison(suite, case, timings, rounds=0, notes=notes)
+        request.config.stash[COMPARISONS].setdefault(suite, []).append(comparison)
+        return comparison
+
+    return run
+
+
+@pytest.fixture
+def facts(record: Callable[..., harness.Comparison]) -> Callable[..., harness.Comparison]:
+    """Write down figures that are no times: by implementation, a mapping of names to numbers."""
+    return lambda case, figures: record(case, [], **figures)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for suite, comparisons in config.stash[COMPARISONS].items():
         terminalreporter.section(f"{suite}: interleaved, medians; 'x' is how many times the first is faster")
@@ -79,6 +114,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             case = " ".join(str(value) for value in comparison.case.values())
             bandwidth = comparison.copy_bandwidth
             terminalreporter.write_line(f"{case}" + (f"   (copy: {bandwidth / 1e9:.1f} GB/s)" if bandwidth else ""))
+            for name, note in comparison.notes.items():
+                terminalreporter.write_line(f"    {name:28} {note}")
             for timing in comparison.timings:
                 share = f"{timing.share:7.0%} of copy bandwidth" if timing.share is not None else ""
                 terminalreporter.write_line(

@@ -188,7 +188,12 @@ def _cpu_name() -> str:
 def save(name: str, comparisons: Sequence[Comparison], device: torch.device) -> Path:
     """Write a suite's record to ``results/NAME-DEVICE.json``."""
     path = RESULTS / f"{name}-{device.type}.json"
-    record = {"suite": name, "device": device_facts(device), "comparisons": [asdict(c) for c in comparisons]}
+    cases = [asdict(c) for c in comparisons]
+    if path.exists():  # a suite may be run case by case: what was not run again stays, with the facts of its own run
+        old = json.loads(path.read_text())
+        again = [c["case"] for c in cases]
+        cases = [{"device": old["device"], **c} for c in old["comparisons"] if c["case"] not in again] + cases
+    record = {"suite": name, "device": device_facts(device), "comparisons": cases}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

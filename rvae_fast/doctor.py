@@ -139,12 +139,29 @@ def _native_module(report: Diagnosis) -> None:
     report.add("native module", "compiled for", f"baseline {info.get('isa_compiled', '')}")
     if info["loaded"]:
         report.add("native module", "this CPU has", " ".join(info["isa_cpu"]) or "baseline only")
+        _kernels(report)
     cuda = info.get("cuda")
     report.add(
         "native module",
         "CUDA half",
         f"CUDA {cuda}" if cuda else f"no: {info.get('cuda_reason')}",
         "ok" if cuda else "problem" if info.get("cuda_failed") else "off",
+    )
+
+
+def _kernels(report: Diagnosis) -> None:
+    """Which instruction set the CPU kernels use, after ``RVAE_FAST_CPU_ISA``, and whether products in bf16 run."""
+    import torch
+
+    capped = os.environ.get("RVAE_FAST_CPU_ISA")
+    isa = torch.ops.rvae_fast.cpu_kernel_isa()
+    report.add("native module", "CPU kernels use", isa + (f" (RVAE_FAST_CPU_ISA={capped})" if capped else ""), "ok")
+    bf16 = torch.ops.rvae_fast.cpu_has_bf16_products()
+    report.add(
+        "native module",
+        "bf16 products",
+        "yes" if bf16 else "no: they need AVX512_BF16 or AMX, and PyTorch's micro-kernels for it",
+        "ok" if bf16 else "off",
     )
 
 

@@ -22,6 +22,13 @@ def test_facts_are_plain_json_and_true():
     assert (report["native module"]["loaded"]["value"] == "yes") == _native.is_available()
 
 
+def test_the_instruction_set_in_use_is_named(native: object):
+    facts = doctor.collect().to_dict()["native module"]
+    assert facts["CPU kernels use"]["value"].split()[0] in ("portable", "avx2", "avx512", "avx512bf16")
+    bf16 = torch.ops.rvae_fast.cpu_has_bf16_products()
+    assert facts["bf16 products"]["value"].startswith("yes" if bf16 else "no")
+
+
 def test_a_missing_extra_names_its_remedy_and_a_missing_requirement_is_a_problem(monkeypatch: pytest.MonkeyPatch):
     real = importlib.metadata.version
 

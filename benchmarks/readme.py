@@ -1,0 +1,131 @@
+"""Draw the README's table of speeds and its plot anew from the recorded results: ``python benchmarks/readme.py``.
+
+What stands between the two markers in README.md is replaced; ``docs/results/score-cpu.svg`` is written. Nothing is
+measured here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->", "<!-- /speed -->"
+PLOT = ROOT / "docs" / "results" / "score-cpu.svg"
+OURS = ("rvae_fast fp32", "rvae_fast bf16")
+
+
+def load(suite: str) -> list[dict[str, Any]]:
+    """A suite's comparisons, each with the facts of the run it was made in; empty where it was never recorded."""
+    path = RESULTS / f"{suite}-cpu.json"
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    return [{"device": record["device"], **comparison} for comparison in record["comparisons"]]
+
+
+def medians(comparison: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds by implementation."""
+    return {timing["name"]: 1e3 * timing["median"] for timing in comparison["timings"]}
+
+
+def quickest(times: dict[str, float], start: str, end: str = "") -> float | None:
+    """The least of the times whose names begin and end so, or None."""
+    return min((ms for name, ms in times.items() if name.startswith(start) and name.endswith(end)), default=None)
+
+
+def number(ms: float | None) -> str:
+    return "" if ms is None else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+
+
+def where(comparison: dict[str, Any]) -> str:
+    device = comparison["device"]
+    return f"{device['cpu']}, {device['threads']} threads, torch {device['torch']}, {device['date']}"
+
+
+def score_tables() -> list[str]:
+    lines: list[str] = []
+    header = ["ms", *OURS, "eager fp32", "eager bf16", "best torch.compile", "ONNX Runtime", "floor fp32", "floor bf16"]
+    order = ["article", "table", "deep", "wide"]
+    for title, one_row in (("Scoring a batch", False), ("Scoring one row", True)):
+        found = [c for c in load("score") if (c["case"]["batch"] == 1) == one_row]
+        rows = []
+        for c in sorted(found, key=lambda c: order.index(c["case"]["workload"])):
+            times = medians(c)
+            name = f"{c['case']['workload']}, {c['case']['layers']} layers, {c['case']['batch']} rows"
+            cells = [times.get(o) for o in (*OURS, "eager fp32", "eager bf16")]
+            cells += [
+                quickest(times, "compile"),
+                quickest(times, "ONNX"),
+                times.get("brgemm fp32"),
+                times.get("brgemm bf16"),
+            ]
+            rows.append([name, *map(number, cells)])
+        if rows:
+            lines += ["", f"{title} ({where(found[-1])}):", "", *markdown(header, rows)]
+    return lines
+
+
+def detector_table() -> list[str]:
+    found = load("detector")
+    if not found:
+        return []
+    rows = []
+    for c in found:
+        what = f"{c['case']['what']}, {c['case']['rows']}, {c['case']['epochs']} epochs"
+        rows.append([what, "; ".join(f"{n} {number(ms)}" for n, ms in medians(c).items())])
+    return ["", f"Detectors against PyOD's, ms ({where(found[-1])}):", "", *markdown(["", ""], rows)]
+
+
+def draw() -> None:
+    """A bar an implementation, a panel a workload; one axis each, from zero."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "rvae-fast"  # the same results give the same file
+    from matplotlib import pyplot as plt
+
+    found = [c for c in load("score") if c["case"]["batch"] > 1]
+    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), squeeze=False)
+    for axis, c in zip(axes[0], found, strict=True):
+        times = {n: ms for n, ms in medians(c).items() if not n.startswith(("products", "brgemm"))}
+        names = sorted(times, key=times.__getitem__, reverse=True)
+        colours = ["#1f6f8b" if name in OURS else "#b8b8b8" for name in names]
+        axis.barh(names, [times[name] for name in names], color=colours)
+        for floor, style in (("brgemm fp32", "--"), ("brgemm bf16", ":")):
+            if floor in medians(c):
+                axis.axvline(
+                    medians(c)[floor], color="black", linestyle=style, linewidth=1, label=f"floor, {floor[7:]}"
+                )
+        axis.set_title(f"{c['case']['workload']}: {c['case']['batch']} rows", fontsize=10)
+        axis.set_xlabel("ms")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][-1].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"README.md has no place for the table: {BEGIN} ... {END}")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    lines = [*score_tables(), *detector_table()]
+    readme.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after)
+    draw()
+
+
+if __name__ == "__main__":
+    main()
