@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +13,14 @@ from torch import Tensor, nn
 from rvae_fast.models import AE, RAE, RVAE, VAE
 
 MODELS = {"AE": AE, "RAE": RAE, "VAE": VAE, "RVAE": RVAE}
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_raises() -> Iterator[None]:
+    """Python's own handler of SIGINT: a test run in the background of a shell inherits it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Standin(nn.Module):
