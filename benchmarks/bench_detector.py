@@ -78,10 +78,10 @@ def test_detector(rival: str, record: Callable[..., Any], device: torch.device, 
         first = found[plain.__name__][1]
         return [harness.Timing(name, m, low, high, None, m / first) for name, (low, m, high) in found.items()]
 
-    case = {"rows": f"{ROWS} x {COLUMNS}", "epochs": epochs, "batch": BATCH}
+    case = {"against": rival, "rows": f"{ROWS} x {COLUMNS}", "epochs": epochs, "batch": BATCH}
     record({"what": "fit", **case}, timings(fit, 3 if full else 1))
     record({"what": "score", **case}, timings(lambda name: fitted[name].decision_function(new), 7 if full else 3))
     record(
-        {"what": "score one row", **case},
+        {"what": "score 20 rows one by one", **case},
         timings(lambda name: [fitted[name].decision_function(new[i : i + 1]) for i in range(20)], 5 if full else 2),
     )

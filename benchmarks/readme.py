@@ -51,16 +51,21 @@ def where(comparison: dict[str, Any]) -> str:
     return f"{device['cpu']}, {device['threads']} threads, torch {device['torch']}, {device['date']}"
 
 
+def by_workload(comparison: dict[str, Any]) -> int:
+    return ("article", "table", "deep", "wide").index(comparison["case"]["workload"])
+
+
 def score_tables() -> list[str]:
     lines: list[str] = []
     header = ["ms", *OURS, "eager fp32", "eager bf16", "best torch.compile", "ONNX Runtime", "floor fp32", "floor bf16"]
-    order = ["article", "table", "deep", "wide"]
     for title, one_row in (("Scoring a batch", False), ("Scoring one row", True)):
         found = [c for c in load("score") if (c["case"]["batch"] == 1) == one_row]
         rows = []
-        for c in sorted(found, key=lambda c: order.index(c["case"]["workload"])):
+        for c in sorted(found, key=by_workload):
             times = medians(c)
-            name = f"{c['case']['workload']}, {c['case']['layers']} layers, {c['case']['batch']} rows"
+            name = f"{c['case']['workload']}, {c['case']['layers']} layers" + (
+                "" if one_row else f", {c['case']['batch']} rows"
+            )
             cells = [times.get(o) for o in (*OURS, "eager fp32", "eager bf16")]
             cells += [
                 quickest(times, "compile"),
@@ -80,9 +85,27 @@ def detector_table() -> list[str]:
         return []
     rows = []
     for c in found:
-        what = f"{c['case']['what']}, {c['case']['rows']}, {c['case']['epochs']} epochs"
-        rows.append([what, "; ".join(f"{n} {number(ms)}" for n, ms in medians(c).items())])
-    return ["", f"Detectors against PyOD's, ms ({where(found[-1])}):", "", *markdown(["", ""], rows)]
+        times = medians(c)
+        theirs = times[f"PyOD {c['case']['against']}"]
+        ours = {name: ms for name, ms in times.items() if name.startswith(("AE", "VAE"))}
+        name, best = min(ours.items(), key=lambda item: item[1])
+        rows.append([f"{c['case']['what']}: {name}, PyOD's {c['case']['against']}", number(best), number(theirs)])
+        rows[-1].append(f"{theirs / best:.1f}")
+    title = f"Detectors against PyOD's, {found[0]['case']['rows']}, {found[0]['case']['epochs']} epochs ({where(found[-1])}):"
+    return ["", title, "", *markdown(["ms", "ours", "PyOD", "ours is faster by"], rows)]
+
+
+def memory_table() -> list[str]:
+    found = load("memory")
+    if not found:
+        return []
+    rows = []
+    for c in sorted(found, key=by_workload):
+        kept = [c["notes"][name]["kept"] for name in ("rvae_fast", "eager")]
+        case = f"{c['case']['workload']}, {c['case']['dtype']}"
+        rows.append([case, *(f"{size / 1e6:.0f}" for size in kept), f"{kept[0] / kept[1]:.0%}"])
+    title = f"Kept for the backward of a training step ({where(found[-1])}):"
+    return ["", title, "", *markdown(["MB", "rvae_fast", "eager", "share"], rows)]
 
 
 def draw() -> None:
@@ -93,7 +116,7 @@ def draw() -> None:
     mpl.rcParams["svg.hashsalt"] = "rvae-fast"  # the same results give the same file
     from matplotlib import pyplot as plt
 
-    found = [c for c in load("score") if c["case"]["batch"] > 1]
+    found = sorted((c for c in load("score") if c["case"]["batch"] > 1), key=by_workload)
     figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), squeeze=False)
     for axis, c in zip(axes[0], found, strict=True):
         times = {n: ms for n, ms in medians(c).items() if not n.startswith(("products", "brgemm"))}
@@ -122,7 +145,7 @@ def main() -> None:
         raise SystemExit(f"README.md has no place for the table: {BEGIN} ... {END}")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    lines = [*score_tables(), *detector_table()]
+    lines = [*score_tables(), *detector_table(), *memory_table()]
     readme.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after)
     draw()
 
