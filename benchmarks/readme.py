@@ -91,7 +91,8 @@ def detector_table() -> list[str]:
         name, best = min(ours.items(), key=lambda item: item[1])
         rows.append([f"{c['case']['what']}: {name}, PyOD's {c['case']['against']}", number(best), number(theirs)])
         rows[-1].append(f"{theirs / best:.1f}")
-    title = f"Detectors against PyOD's, {found[0]['case']['rows']}, {found[0]['case']['epochs']} epochs ({where(found[-1])}):"
+    case = found[0]["case"]
+    title = f"Detectors against PyOD's, {case['rows']}, {case['epochs']} epochs ({where(found[-1])}):"
     return ["", title, "", *markdown(["ms", "ours", "PyOD", "ours is faster by"], rows)]
 
 
