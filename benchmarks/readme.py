@@ -133,8 +133,10 @@ def draw() -> None:
         axis.set_xlabel("ms")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+    # Below the axes, where it covers neither bars nor floors.
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=2, fontsize=8, frameon=False)
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PLOT, metadata={"Date": None})
 
