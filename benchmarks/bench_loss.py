@@ -96,7 +96,7 @@ def test_reconstruction_kld(
         inputs = harness.rotation(make, 2 * matrix + latents, device)
     else:
         inputs = [make(0)]
-        options |= {"untimed": 3, "copied": matrix}
+        options |= {"untimed": 20, "copied": matrix}
     chosen = _backend.choose("reconstruction_kld", device.type, {"native": ("cpu",)})
     case = {
         "shape": f"{BATCH} x {FEATURES}",
