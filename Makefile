@@ -5,7 +5,7 @@
 #   make test | lint | bench     the test suite; ruff and mypy; the benchmarks in a short form
 #   make bench-full              all benchmarks with every rival, recorded, and the README's table and plot drawn again
 #   make data                    fetch the data sets into the cache folder
-#   make gpu                     on a machine with a GPU: test and measure what runs there, in eight minutes, without network
+#   make gpu                     on a machine with a GPU: test and measure what runs there, within eight minutes, without network
 #   make native                  recompile the native module in place (quick; for work on csrc/)
 #   make doctor                  say which fast paths this installation has, and why not the others
 #
