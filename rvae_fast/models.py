@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from rvae_fast import reference
 from rvae_fast._activations import Activation, check_activation
 from rvae_fast._architecture import plain_widths, positive_int, residual_stages
-from rvae_fast.nn import ORDERS, ResidualStack, Transition, check_rows
+from rvae_fast.nn import ORDERS, PlainStack, ResidualStack, Transition, check_rows
 from rvae_fast.ops.decoder_error import decoder_error
 from rvae_fast.ops.decoder_error import is_fused as has_decoder_error
 from rvae_fast.ops.reconstruction_kld import reconstruction_kld
@@ -305,13 +305,13 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 def _plain_net(
     widths: Sequence[int], activation: str, negative_slope: float, eps: float, momentum: float | None
-) -> nn.Sequential:
+) -> PlainStack:
     modules: list[nn.Module] = []
     for i, (before, after) in enumerate(pairwise(widths)):
         modules.append(nn.Linear(before, after))
         if i < len(widths) - 2:
             modules += [nn.BatchNorm1d(after, eps, momentum), Activation(activation, negative_slope)]
-    return nn.Sequential(*modules)
+    return PlainStack(*modules)
 
 
 def _residual_net(

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rvae_fast._activations import check_activation
+from rvae_fast._activations import Activation, check_activation
 from rvae_fast._architecture import positive_int
+from rvae_fast.ops.plain_stack import plain_stack, products_dtype
 from rvae_fast.ops.residual_stack import residual_stack
 
 ORDERS = ("pre", "post")
@@ -247,6 +248,62 @@ class ResidualStack(nn.Sequential):
         check_rows("input", input, self.features)
         blocks = list(self)
         return _run(blocks, input) if _alike(blocks) else super().forward(input)
+
+
+class PlainStack(nn.Sequential):
+    """Layers without skip connections: Linear -> BatchNorm -> activation, again and again, and a bare Linear at the end.
+
+    It takes, names and holds modules as ``nn.Sequential`` does. Where they are ``nn.Linear``, ``nn.BatchNorm1d`` and
+    :class:`~rvae_fast._activations.Activation` in this order, with one activation and one ``eps`` and without hooks,
+    and the native kernels cover the call, all layers run as one op; else the modules are called one by one, and the
+    numbers agree to rounding.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        modules = list(self._modules.values())
+        if not _is_plain(modules):
+            return super().forward(input)
+        linears, norms, activation = modules[0::3], modules[1::3], modules[2]
+        batch_stats = [norm.training or norm.running_mean is None for norm in norms]
+        lists = [_values(linears, name) for name in ("weight", "bias")]
+        lists += [_values(norms, name) for name in ("weight", "bias", "running_mean", "running_var")]
+        # A list is whole or empty; one with gaps is the modules' to run.
+        found: Any = [[] if tensors[0] is None else tensors for tensors in lists]
+        gaps = any((tensor is None) != (tensors[0] is None) for tensors in lists for tensor in tensors)
+        dtype = None if gaps else products_dtype(input, found, batch_stats)
+        if dtype is None:
+            return super().forward(input)
+        _, momentum = _advance(norms)
+        return plain_stack(
+            input,
+            found,
+            activation=activation.activation,
+            negative_slope=activation.negative_slope,
+            eps=norms[0].eps,
+            momentum=momentum,
+            batch_stats=batch_stats[0],
+            dtype=dtype,
+        )
+
+
+def _is_plain(modules: Sequence[Any]) -> bool:
+    """Whether these are Linear, BatchNorm, activation, ..., Linear, alike and with no hook waiting for one of them."""
+    if len(modules) < 4 or len(modules) % 3 != 1:
+        return False
+    first_norm, first = modules[1], modules[2]
+    for i, module in enumerate(modules):
+        if type(module) is not _PLAIN[i % 3] or module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if module._backward_hooks or module._backward_pre_hooks:
+            return False
+        if i % 3 == 1 and module.eps != first_norm.eps:
+            return False
+        if i % 3 == 2 and (module.activation, module.negative_slope) != (first.activation, first.negative_slope):
+            return False
+    return True
+
+
+_PLAIN = (nn.Linear, nn.BatchNorm1d, Activation)
 
 
 class Transition(nn.Linear):

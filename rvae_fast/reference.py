@@ -229,6 +229,35 @@ def reparameterise_backward(
 # --- residual units ---
 
 
+def plain_stack(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    norm_weight: Sequence[Tensor | None],
+    norm_bias: Sequence[Tensor | None],
+    running_mean: Sequence[Tensor | None],
+    running_var: Sequence[Tensor | None],
+    *,
+    activation: str,
+    negative_slope: float,
+    eps: float,
+    momentum: Sequence[float],
+    batch_stats: Sequence[bool],
+) -> Tensor:
+    """Linear -> BatchNorm -> activation, ``L - 1`` times, then a bare Linear, in plain PyTorch.
+
+    ``weight`` and ``bias`` have L entries (biases may be None), what belongs to the norms L - 1; the arguments mean
+    what they mean in :func:`residual_unit`. Widths may differ from layer to layer.
+    """
+    for i in range(len(weight) - 1):
+        h = F.batch_norm(
+            F.linear(x, weight[i], bias[i]),
+            running_mean[i], running_var[i], norm_weight[i], norm_bias[i], batch_stats[i], momentum[i], eps,
+        )  # fmt: skip
+        x = activate(h, activation, negative_slope)
+    return F.linear(x, weight[-1], bias[-1])
+
+
 def residual_unit(
     x: Tensor,
     weight: Sequence[Tensor],

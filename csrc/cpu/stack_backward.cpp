@@ -1,4 +1,4 @@
-// Backward pass of a residual stack: one pass over the rows a layer, from the last to the first that needs a gradient.
+// Backward pass of a stack: one pass over the rows a layer, from the last to the first that needs a gradient.
 // For a tile of rows, with r the layer's raw output and `source` what the layer read:
 //
 //   1. dy = gradient of r, from dz (the gradient behind the BatchNorm that reads r) by the BatchNorm's rule, plus the
@@ -26,11 +26,11 @@ class BackwardPass {
                const Needs& needs)
       : s_(shape), in_(inputs), kept_(kept), gradient_(gradient), needs_(needs), part_(shape.rows, kTileRows),
         norm_vectors_(shape.padded()), packed_(inputs.weights, shape, /*forward=*/false), k_(kernels()) {
-    g_.weights = gradients(needs_.weights, {s_.layers, s_.width, s_.width});
-    g_.biases = gradients(needs_.biases, {s_.layers, s_.width});
-    g_.gammas = gradients(needs_.norms, {s_.layers, s_.width});
-    g_.betas = gradients(needs_.norms, {s_.layers, s_.width});
-    g_.x = empty_large({needs_.x ? s_.rows : 0, s_.width}, in_.x.options());
+    g_.weights = gradients(needs_.weights, s_.weights_before(s_.layers));
+    g_.biases = gradients(needs_.biases, s_.vectors_before(s_.layers));
+    g_.gammas = gradients(needs_.norms, s_.vectors_before(s_.norms()));
+    g_.betas = gradients(needs_.norms, s_.vectors_before(s_.norms()));
+    g_.x = empty_large({needs_.x ? s_.rows : 0, s_.in(0)}, in_.x.options());
 
     // Tiles are read in whole blocks of 16 words by the transposition.
     const int64_t block = 16 * 4 / size_of(s_.compute);
@@ -45,8 +45,10 @@ class BackwardPass {
     sums_dz_xhat_ = scratch_.add(part_.tiles * s_.padded() * 4);
     coefficients_ = scratch_.add(3 * s_.padded() * 4);
     totals_ = scratch_.add(2 * s_.padded() * 8);
-    dz_ = scratch_.add(s_.rows * s_.width * size_of(s_.compute));
-    carried_ = scratch_.add(s_.rows * s_.width * size_of(s_.stream));
+    // In a plain stack, whose widths differ, dz is not replaced in place but written beside the one that is read.
+    dz_bytes_ = round_up(s_.rows * s_.width * size_of(s_.compute), kAlignment);
+    dz_ = scratch_.add(dz_bytes_ * (s_.plain() ? 2 : 1));
+    carried_ = scratch_.add(s_.plain() ? 0 : s_.rows * s_.width * size_of(s_.stream));
     weight_gradient_.emplace(s_, part_, tile_rows_, scratch_, g_.weights);
     scratch_.allocate();
     std::memset(scratch_.get<char>(dys_), 0, static_cast<size_t>(part_.chunks * operand_bytes_));
@@ -78,11 +80,11 @@ class BackwardPass {
   static bool any(const std::vector<bool>& flags) { return std::find(flags.begin(), flags.end(), true) != flags.end(); }
 
   // Zero where nothing is asked for; what is asked for gets written.
-  at::Tensor gradients(const std::vector<bool>& needs, std::vector<int64_t> sizes) const {
-    if (!any(needs)) sizes[0] = 0;
+  at::Tensor gradients(const std::vector<bool>& needs, int64_t size) const {
+    if (!any(needs)) size = 0;
     const auto options = in_.x.options().dtype(at::kFloat);
     const bool all = std::find(needs.begin(), needs.end(), false) == needs.end();
-    return all ? empty_large(sizes, options) : at::zeros(sizes, options);
+    return all ? empty_large({size}, options) : at::zeros({size}, options);
   }
 
   // Whether anything that a gradient is wanted of lies before the product of `layer`.
@@ -94,19 +96,20 @@ class BackwardPass {
     return false;
   }
 
-  Rows inner(int64_t layer) const { return rows_of(kept_.inner, s_.compute, s_.inner_index(layer) * s_.rows * s_.width); }
+  Rows inner(int64_t layer) const { return rows_of(kept_.inner, s_.compute, s_.inner_begin(layer)); }
   // The stream behind unit `unit` (never the last one, which nobody needs again); unit -1 is the input.
   Rows stream(int64_t unit) const {
     if (unit < 0) return rows_of(in_.x, s_.stream, 0);
     return rows_of(kept_.stream, s_.stream, unit * s_.rows * s_.width);
   }
-  RowsOut dz() const { return {scratch_.get<char>(dz_), s_.compute}; }
+  // The gradient behind the BatchNorm that reads the raw output of `layer`.
+  RowsOut dz(int64_t layer) const { return {scratch_.get<char>(dz_ + (s_.plain() ? layer % 2 * dz_bytes_ : 0)), s_.compute}; }
   RowsOut carried() const { return {scratch_.get<char>(carried_), s_.stream}; }
   static Rows read(RowsOut m) { return {m.data, m.kind}; }
 
   const float* statistics(int64_t layer) const { return kept_.statistics.const_data_ptr<float>() + layer * 3 * s_.padded(); }
   Norm norm(int64_t layer) {
-    return norm_vectors_.set(statistics(layer), s_.width, s_.padded(), data_or_null(in_.gammas, layer),
+    return norm_vectors_.set(statistics(layer), s_.normed(layer), s_.padded(), data_or_null(in_.gammas, layer),
                              data_or_null(in_.betas, layer));
   }
 
@@ -119,7 +122,7 @@ class BackwardPass {
 
   // Gradient of the raw output of `layer` from `dz`, the gradient behind the BatchNorm `layer_norm` that reads it.
   BackwardPrologue from_norm(int64_t layer_norm, Rows source_dz, Rows r) const {
-    BackwardPrologue p = plain();
+    BackwardPrologue p = unnormed(s_.normed(layer_norm));
     p.dz = source_dz;
     p.r = r;
     p.mean = statistics(layer_norm) + kMean * s_.padded();
@@ -128,22 +131,23 @@ class BackwardPass {
     p.c3 = p.c2 + s_.padded();
     return p;
   }
-  BackwardPrologue plain() const {
+  BackwardPrologue unnormed(int64_t width) const {
     BackwardPrologue p{};
-    p.width = s_.width;
+    p.width = width;
     p.ld_operand = s_.operand_stride();
     return p;
   }
 
   BackwardPrologue gradient_of_raw(int64_t layer) {
-    if (s_.order == Order::post) return from_norm(layer, read(s_.last_of_unit(layer) ? carried() : dz()), inner(layer));
+    if (s_.order == Order::post) return from_norm(layer, read(s_.last_of_unit(layer) ? carried() : dz(layer)), inner(layer));
     if (layer == s_.layers - 1) {
-      BackwardPrologue p = plain();
+      BackwardPrologue p = unnormed(s_.out(layer));
       p.carried = stream_gradient_;
       return p;
     }
-    if (!s_.last_of_unit(layer)) return from_norm(layer + 1, read(dz()), inner(layer));
-    BackwardPrologue p = from_norm(layer + 1, read(dz()), stream(s_.unit(layer)));
+    if (s_.plain()) return from_norm(layer, read(dz(layer)), inner(layer));
+    if (!s_.last_of_unit(layer)) return from_norm(layer + 1, read(dz(layer)), inner(layer));
+    BackwardPrologue p = from_norm(layer + 1, read(dz(layer)), stream(s_.unit(layer)));
     p.carried = stream_gradient_;
     p.carried_out = carried();
     stream_gradient_ = read(carried());
@@ -153,7 +157,7 @@ class BackwardPass {
   // What the layer read, as in the forward pass.
   Prologue operand_again(int64_t layer) {
     Prologue p{};
-    p.width = s_.width;
+    p.width = s_.in(layer);
     p.activation = s_.activation;
     p.slope = s_.slope;
     p.ld_operand = s_.operand_stride();
@@ -173,12 +177,18 @@ class BackwardPass {
 
   BackwardEpilogue before_layer(int64_t layer) {
     BackwardEpilogue p{};
-    p.width = s_.width;
+    p.width = s_.in(layer);
     p.activation = s_.activation;
     p.slope = s_.slope;
     p.norm = norm_;
-    p.out = dz();
-    if (s_.order == Order::pre) {
+    p.out = dz(layer - 1);
+    if (s_.plain()) {
+      if (layer > 0) {
+        p.r = inner(layer - 1);
+      } else {
+        p.out = rows_out(g_.x, s_.stream, 0);
+      }
+    } else if (s_.order == Order::pre) {
       p.r = s_.first_of_unit(layer) ? stream(s_.unit(layer) - 1) : inner(layer - 1);
     } else if (!s_.first_of_unit(layer)) {
       p.r = inner(layer - 1);
@@ -235,7 +245,7 @@ class BackwardPass {
   }
 
   void gradient_tile(BackwardPrologue p, int64_t tile, RowsOut dy, float* bias_sum) const {
-    const int64_t offset = part_.begin(tile) * s_.width;
+    const int64_t offset = part_.begin(tile) * p.width;
     p.rows = part_.count(tile);
     p.dz = at_offset(p.dz, offset);
     p.r = at_offset(p.r, offset);
@@ -249,7 +259,7 @@ class BackwardPass {
 
   void source_tile(Prologue p, int64_t tile, RowsOut a) const {
     p.rows = part_.count(tile);
-    p.source = at_offset(p.source, part_.begin(tile) * s_.width);
+    p.source = at_offset(p.source, part_.begin(tile) * p.width);
     p.operand = a;
     k_.prologue(p);
     clear_padding(a, p.rows);
@@ -257,22 +267,32 @@ class BackwardPass {
 
   void input_gradient(int64_t layer, int64_t chunk, int64_t tile, BackwardEpilogue p) const {
     const BackwardEpilogue whole = p;
-    const int64_t reduced = s_.compute == Kind::f32 ? s_.width : round_up(s_.width, 2);
+    const int64_t reduced = s_.compute == Kind::f32 ? s_.out(layer) : round_up(s_.out(layer), 2);
     float* const strip = of_chunk<float>(strips_, strip_bytes_, chunk);
     p.rows = part_.count(tile);
     p.strip = strip;
-    for (int64_t panel = 0; panel < s_.panels(); ++panel) {
+    for (int64_t panel = 0; panel < Shape::panels(p.width); ++panel) {
       multiply(s_.compute, padded_rows(p.rows), reduced, of_chunk<char>(dys_, operand_bytes_, chunk), s_.operand_stride(),
                packed_.panel(layer, panel), kPanel, strip, kPanel, /*add=*/false);
       place(p, whole, tile, panel * kPanel);
-      k_.backward_epilogue(p);
+      if (p.norm.mean == nullptr && p.carried.data == nullptr) {  // the input of a plain stack: the product itself
+        Epilogue store{};
+        store.rows = p.rows;
+        store.columns = p.columns;
+        store.width = p.width;
+        store.strip = strip;
+        store.out = p.out;
+        k_.epilogue(store);
+      } else {
+        k_.backward_epilogue(p);
+      }
     }
   }
 
   // Points the matrices of `p` at one panel of one tile.
   void place(BackwardEpilogue& p, const BackwardEpilogue& whole, int64_t tile, int64_t column) const {
-    const int64_t offset = part_.begin(tile) * s_.width + column;
-    p.columns = std::min(kPanel, s_.width - column);
+    const int64_t offset = part_.begin(tile) * whole.width + column;
+    p.columns = std::min(kPanel, whole.width - column);
     p.r = at_offset(whole.r, offset);
     p.residual = at_offset(whole.residual, offset);
     p.carried = at_offset(whole.carried, offset);
@@ -314,7 +334,7 @@ class BackwardPass {
 
   // Pre-activation: the gradient of the input, behind the first BatchNorm and along the stream.
   void end_of_pre() {
-    BackwardPrologue whole = from_norm(0, read(dz()), stream(-1));
+    BackwardPrologue whole = from_norm(0, read(dz(-1)), stream(-1));
     whole.carried = stream_gradient_;
     whole.carried_out = rows_out(g_.x, s_.stream, 0);
     part_.for_chunks([&](int64_t chunk) {
@@ -337,12 +357,15 @@ class BackwardPass {
   void finish_sums(int64_t layer) {
     double* sum = scratch_.get<double>(totals_);
     double* sum_xhat = sum + s_.padded();
-    k_.sum_tiles(scratch_.get<float>(sums_dz_), part_.tiles, s_.padded(), s_.width, sum);
-    k_.sum_tiles(scratch_.get<float>(sums_dz_xhat_), part_.tiles, s_.padded(), s_.width, sum_xhat);
+    const int64_t width = s_.normed(layer);
+    k_.sum_tiles(scratch_.get<float>(sums_dz_), part_.tiles, s_.padded(), width, sum);
+    k_.sum_tiles(scratch_.get<float>(sums_dz_xhat_), part_.tiles, s_.padded(), width, sum_xhat);
     if (needs_.norms[layer]) {
-      for (int64_t c = 0; c < s_.width; ++c) {
-        g_.betas.data_ptr<float>()[layer * s_.width + c] = static_cast<float>(sum[c]);
-        g_.gammas.data_ptr<float>()[layer * s_.width + c] = static_cast<float>(sum_xhat[c]);
+      float* beta = g_.betas.data_ptr<float>() + s_.vectors_before(layer);
+      float* gamma = g_.gammas.data_ptr<float>() + s_.vectors_before(layer);
+      for (int64_t c = 0; c < width; ++c) {
+        beta[c] = static_cast<float>(sum[c]);
+        gamma[c] = static_cast<float>(sum_xhat[c]);
       }
     }
     const float* rstd = statistics(layer) + kRstd * s_.padded();
@@ -352,7 +375,7 @@ class BackwardPass {
     float* c3 = c2 + s_.padded();
     // Running statistics do not depend on the rows: then dy = scale * dz.
     const double share = in_.batch_statistics ? 1.0 / static_cast<double>(s_.rows) : 0.0;
-    for (int64_t c = 0; c < s_.width; ++c) {
+    for (int64_t c = 0; c < width; ++c) {
       c1[c] = gamma == nullptr ? rstd[c] : gamma[c] * rstd[c];
       c2[c] = static_cast<float>(sum[c] * share);
       c3[c] = static_cast<float>(rstd[c] * sum_xhat[c] * share);
@@ -361,8 +384,9 @@ class BackwardPass {
 
   void finish_bias(int64_t layer) {
     double* sum = scratch_.get<double>(totals_);
-    k_.sum_tiles(scratch_.get<float>(bias_sums_), part_.chunks, s_.padded(), s_.width, sum);
-    for (int64_t c = 0; c < s_.width; ++c) g_.biases.data_ptr<float>()[layer * s_.width + c] = static_cast<float>(sum[c]);
+    k_.sum_tiles(scratch_.get<float>(bias_sums_), part_.chunks, s_.padded(), s_.out(layer), sum);
+    float* bias = g_.biases.data_ptr<float>() + s_.vectors_before(layer);
+    for (int64_t c = 0; c < s_.out(layer); ++c) bias[c] = static_cast<float>(sum[c]);
   }
 
   const Shape s_;
@@ -376,8 +400,8 @@ class BackwardPass {
   const Kernels& k_;
   Scratch scratch_;
   Norm norm_;
-  Rows stream_gradient_ = rows_of(gradient_, s_.stream, 0);
-  int64_t tile_rows_, operand_bytes_, strip_bytes_;
+  Rows stream_gradient_ = rows_of(gradient_, s_.output(), 0);
+  int64_t dz_bytes_, tile_rows_, operand_bytes_, strip_bytes_;
   int64_t dys_, strips_, bias_sums_, sums_dz_, sums_dz_xhat_, coefficients_, totals_, dz_, carried_;
   Gradients g_;
   std::optional<WeightGradient> weight_gradient_;

@@ -1,8 +1,9 @@
-// Forward pass of a residual stack: one pass over the rows a layer.
+// Forward pass of a stack: one pass over the rows a layer.
 //
 //   pre-activation   operand = act(norm(source));  out = operand W^T + b (+ stream, at the end of a unit)
 //   post-activation  operand = act(norm(source)) inside a unit; at its start the stream is first brought up to date,
 //                    stream = act(norm(source) + stream), operand = stream;  out = operand W^T + b
+//   plain            operand = act(norm(source)), at the start the input itself;  out = operand W^T + b
 //
 // `source` is the raw output of the layer before. The column statistics of what a layer writes are gathered tile by tile in
 // its epilogue and merged before the next layer starts.
@@ -28,11 +29,14 @@ class ForwardPass {
         packed_(inputs.weights, shape, /*forward=*/true), k_(kernels()) {
     const auto options = in_.x.options();
     const int64_t streams = keep_ ? s_.units() - 1 : 0;
-    const int64_t inners = keep_ ? s_.inner_count() : std::min<int64_t>(1, s_.inner_count());
-    result_.out = empty_large({s_.rows, s_.width}, options);
+    result_.out = empty_large({s_.rows, s_.out(s_.layers - 1)}, options.dtype(scalar_type(s_.output())));
     result_.stream = empty_large({streams, s_.rows, s_.width}, options);
-    result_.inner = empty_large({inners, s_.rows, s_.width}, options.dtype(scalar_type(s_.compute)));
-    result_.statistics = at::zeros({s_.layers, 3, s_.padded()}, options.dtype(at::kFloat));
+    // In a plain stack, whose widths differ, what a layer reads and what it writes must not share memory.
+    const int64_t whole = s_.rows * s_.width * (s_.plain() ? 2 : 1);
+    const int64_t inner = keep_ ? s_.inner_size() : std::min(whole, s_.inner_size());
+    result_.inner = empty_large({inner}, options.dtype(scalar_type(s_.compute)));
+    if (!s_.plain()) result_.inner = result_.inner.view({inner / (s_.rows * s_.width), s_.rows, s_.width});
+    result_.statistics = at::zeros({s_.norms(), 3, s_.padded()}, options.dtype(at::kFloat));
 
     const int64_t tile = round_up(part_.most_rows(), 4);
     operand_bytes_ = tile * s_.operand_stride() * size_of(s_.compute);
@@ -53,16 +57,19 @@ class ForwardPass {
     if (s_.order == Order::pre) {
       if (in_.batch_statistics) gather(rows_of(in_.x, s_.stream, 0), 0);
       for (int64_t layer = 0; layer < s_.layers; ++layer) pre_layer(layer);
-    } else {
+    } else if (s_.order == Order::post) {
       for (int64_t layer = 0; layer < s_.layers; ++layer) post_layer(layer);
       finish_post();
+    } else {
+      for (int64_t layer = 0; layer < s_.layers; ++layer) plain_layer(layer);
     }
     return result_;
   }
 
  private:
   RowsOut inner(int64_t layer) {
-    return rows_out(result_.inner, s_.compute, keep_ ? s_.inner_index(layer) * s_.rows * s_.width : 0);
+    const int64_t shared = s_.plain() ? layer % 2 * s_.rows * s_.width : 0;
+    return rows_out(result_.inner, s_.compute, keep_ ? s_.inner_begin(layer) : shared);
   }
   // The stream behind unit `unit`; unit -1 is the input.
   RowsOut stream(int64_t unit) {
@@ -74,13 +81,13 @@ class ForwardPass {
 
   float* statistics(int64_t layer) { return result_.statistics.data_ptr<float>() + layer * 3 * s_.padded(); }
   Norm norm(int64_t layer) {
-    return norm_vectors_.set(statistics(layer), s_.width, s_.padded(), data_or_null(in_.gammas, layer),
+    return norm_vectors_.set(statistics(layer), s_.normed(layer), s_.padded(), data_or_null(in_.gammas, layer),
                              data_or_null(in_.betas, layer));
   }
 
   void pre_layer(int64_t layer) {
     const int64_t unit = s_.unit(layer);
-    Prologue before = prologue();
+    Prologue before = prologue(layer);
     before.source = read(s_.first_of_unit(layer) ? stream(unit - 1) : inner(layer - 1));
     before.norm = norm(layer);
     before.activate = true;
@@ -89,9 +96,22 @@ class ForwardPass {
               layer + 1 < s_.layers ? layer + 1 : -1);
   }
 
+  void plain_layer(int64_t layer) {
+    const bool last = layer + 1 == s_.layers;
+    Prologue before = prologue(layer);
+    if (layer == 0) {
+      before.source = rows_of(in_.x, s_.stream, 0);
+    } else {
+      before.source = read(inner(layer - 1));
+      before.norm = norm(layer - 1);
+      before.activate = true;
+    }
+    run_layer(layer, before, Rows{}, last ? rows_out(result_.out, s_.output(), 0) : inner(layer), last ? -1 : layer);
+  }
+
   void post_layer(int64_t layer) {
     const int64_t unit = s_.unit(layer);
-    Prologue before = prologue();
+    Prologue before = prologue(layer);
     if (layer == 0) {
       before.source = read(stream(-1));
     } else {
@@ -107,7 +127,7 @@ class ForwardPass {
   }
 
   void finish_post() {
-    Prologue after = prologue();
+    Prologue after = prologue(s_.layers - 1);
     after.source = read(inner(s_.layers - 1));
     after.norm = norm(s_.layers - 1);
     after.activate = true;
@@ -118,9 +138,9 @@ class ForwardPass {
     });
   }
 
-  Prologue prologue() const {
+  Prologue prologue(int64_t layer) const {
     Prologue p{};
-    p.width = s_.width;
+    p.width = s_.in(layer);
     p.activation = s_.activation;
     p.slope = s_.slope;
     p.ld_operand = s_.operand_stride();
@@ -128,7 +148,7 @@ class ForwardPass {
   }
 
   Prologue tile_of(Prologue p, int64_t tile, RowsOut operand) const {
-    const int64_t offset = part_.begin(tile) * s_.width;
+    const int64_t offset = part_.begin(tile) * p.width;
     p.rows = part_.count(tile);
     p.source = at_offset(p.source, offset);
     p.residual = at_offset(p.residual, offset);
@@ -141,21 +161,22 @@ class ForwardPass {
   void run_layer(int64_t layer, const Prologue& before, Rows residual, RowsOut out, int64_t normed_by) {
     const bool moments = normed_by >= 0 && in_.batch_statistics;
     const float* bias = data_or_null(in_.biases, layer);
-    const int64_t reduced = s_.compute == Kind::f32 ? s_.width : round_up(s_.width, 2);
+    const int64_t width = s_.out(layer);
+    const int64_t reduced = s_.compute == Kind::f32 ? s_.in(layer) : round_up(s_.in(layer), 2);
     part_.for_chunks([&](int64_t chunk) {
       const RowsOut operand{scratch_.get<char>(operands_ + chunk * round_up(operand_bytes_, kAlignment)), s_.compute};
       for (int64_t t = part_.first_tile(chunk); t < part_.first_tile(chunk + 1); ++t) {
         k_.prologue(tile_of(before, t, operand));
         Epilogue after{};
         after.rows = part_.count(t);
-        after.width = s_.width;
+        after.width = width;
         after.strip = strip(chunk);
-        for (int64_t panel = 0; panel < s_.panels(); ++panel) {
+        for (int64_t panel = 0; panel < Shape::panels(width); ++panel) {
           const int64_t column = panel * kPanel;
-          const int64_t offset = part_.begin(t) * s_.width + column;
+          const int64_t offset = part_.begin(t) * width + column;
           multiply(s_.compute, padded_rows(after.rows), reduced, operand.data, s_.operand_stride(), packed_.panel(layer, panel),
                    kPanel, after.strip, kPanel, /*add=*/false);
-          after.columns = std::min(kPanel, s_.width - column);
+          after.columns = std::min(kPanel, width - column);
           after.bias = bias == nullptr ? nullptr : bias + column;
           after.residual = at_offset(residual, offset);
           after.out = at_offset(out, offset);
@@ -197,11 +218,12 @@ class ForwardPass {
   void merge(int64_t layer) {
     double* mean = scratch_.get<double>(merged_);
     double* m2 = mean + s_.padded();
-    k_.merge_moments(counts_.data(), scratch_.get<float>(means_), scratch_.get<float>(m2s_), part_.tiles, s_.padded(), s_.width,
-                     mean, m2);
+    const int64_t width = s_.normed(layer);
+    k_.merge_moments(counts_.data(), scratch_.get<float>(means_), scratch_.get<float>(m2s_), part_.tiles, s_.padded(), width, mean,
+                     m2);
     float* out = statistics(layer);
     const double n = static_cast<double>(s_.rows);
-    for (int64_t c = 0; c < s_.width; ++c) {
+    for (int64_t c = 0; c < width; ++c) {
       out[kMean * s_.padded() + c] = static_cast<float>(mean[c]);
       out[kRstd * s_.padded() + c] = static_cast<float>(1.0 / std::sqrt(m2[c] / n + in_.eps));
       out[kVariance * s_.padded() + c] = static_cast<float>(m2[c] / (n - 1.0));
@@ -209,11 +231,11 @@ class ForwardPass {
   }
 
   void use_running_statistics() {
-    for (int64_t layer = 0; layer < s_.layers; ++layer) {
+    for (int64_t layer = 0; layer < s_.norms(); ++layer) {
       float* out = statistics(layer);
       const float* mean = in_.running_means[layer].const_data_ptr<float>();
       const float* variance = in_.running_vars[layer].const_data_ptr<float>();
-      for (int64_t c = 0; c < s_.width; ++c) {
+      for (int64_t c = 0; c < s_.normed(layer); ++c) {
         out[kMean * s_.padded() + c] = mean[c];
         out[kRstd * s_.padded() + c] = static_cast<float>(1.0 / std::sqrt(static_cast<double>(variance[c]) + in_.eps));
         out[kVariance * s_.padded() + c] = variance[c];

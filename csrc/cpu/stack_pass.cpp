@@ -35,21 +35,31 @@ Norm NormVectors::set(const float* statistics, int64_t width, int64_t padded_wid
 }
 
 PackedWeights::PackedWeights(const std::vector<at::Tensor>& weights, const Shape& shape, bool forward)
-    : panels_(shape.panels()), panel_words_(panel_words(shape.width, shape.compute)) {
-  const int64_t count = static_cast<int64_t>(weights.size()) * panels_;
-  memory_ = empty_large({count * panel_words_ + kAlignment / 4}, at::TensorOptions().dtype(at::kInt));
+{
+  std::vector<std::pair<int64_t, int64_t>> panels;  // of which layer, which
+  int64_t total = 0;
+  for (int64_t layer = 0; layer < shape.layers; ++layer) {
+    const int64_t reduced = forward ? shape.in(layer) : shape.out(layer);
+    const int64_t count = Shape::panels(forward ? shape.out(layer) : shape.in(layer));
+    layers_.push_back({total, panel_words(reduced, shape.compute)});
+    total += count * layers_.back().panel_words;
+    for (int64_t panel = 0; panel < count; ++panel) panels.emplace_back(layer, panel);
+  }
+  memory_ = empty_large({total + kAlignment / 4}, at::TensorOptions().dtype(at::kInt));
   const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
   auto* const packed = reinterpret_cast<uint32_t*>((address + kAlignment - 1) / kAlignment * kAlignment);
   words_ = packed;
-  at::parallel_for(0, count, 4, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> scratch(panel_words_);
+  const int64_t most = panel_words(shape.width, shape.compute);
+  // Packing takes about a nanosecond for eight words, waking a thread some microseconds.
+  at::parallel_for(0, static_cast<int64_t>(panels.size()), at::divup(32768, most), [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> scratch(most);
     for (int64_t i = begin; i < end; ++i) {
-      const float* weight = weights[i / panels_].const_data_ptr<float>();
+      const auto [layer, panel] = panels[i];
       const auto pack = forward ? pack_forward : pack_backward;
-      pack(weight, shape.width, shape.width, i % panels_, shape.compute, packed + i * panel_words_, scratch.data());
+      pack(weights[layer].const_data_ptr<float>(), shape.out(layer), shape.in(layer), panel, shape.compute,
+           packed + layers_[layer].begin + panel * layers_[layer].panel_words, scratch.data());
     }
   });
 }
-
 
 }  // namespace rvae::cpu::stack

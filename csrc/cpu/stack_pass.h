@@ -1,5 +1,7 @@
-// What the forward and the backward pass of a residual stack share: its shape, how rows are divided among threads and
-// tiles, and scratch memory. Passes run layer by layer; within a layer every thread walks the tiles of its own rows.
+// What the forward and the backward pass of a stack share: its shape, how rows are divided among threads and tiles, and
+// scratch memory. Passes run layer by layer; within a layer every thread walks the tiles of its own rows. A residual stack
+// (pre, post) has one width; a plain one, Linear -> BatchNorm -> activation with nothing behind its last layer, has a width
+// before and behind each layer.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,18 +16,27 @@
 
 namespace rvae::cpu::stack {
 
-enum class Order : int { pre = 0, post = 1 };
+enum class Order : int { pre = 0, post = 1, plain = 2 };
 
 struct Shape {
-  int64_t rows, width, layers, layers_per_unit;
+  int64_t rows, width, layers, layers_per_unit;  // `width` is that of the widest rows: strides follow it
+  std::vector<int64_t> widths;                   // of the rows before each layer, and behind the last
   Order order;
   Activation activation;
   float slope;
   Kind stream;   // the input's and output's dtype
   Kind compute;  // of the operands of the products, and of what is kept inside a unit
 
+  int64_t in(int64_t layer) const { return widths[layer]; }
+  int64_t out(int64_t layer) const { return widths[layer + 1]; }
+  bool plain() const { return order == Order::plain; }
+  Kind output() const { return plain() ? compute : stream; }  // a plain stack ends like the linear layer that ends it
+  // BatchNorms, and the width of what each of them normalises.
+  int64_t norms() const { return plain() ? layers - 1 : layers; }
+  int64_t normed(int64_t norm) const { return order == Order::pre ? in(norm) : out(norm); }
+
   int64_t padded() const { return round_up(width, kPanel); }
-  int64_t panels() const { return padded() / kPanel; }
+  static int64_t panels(int64_t columns) { return at::divup(columns, kPanel); }
   int64_t units() const { return layers / layers_per_unit; }
   int64_t unit(int64_t layer) const { return layer / layers_per_unit; }
   bool first_of_unit(int64_t layer) const { return layer % layers_per_unit == 0; }
@@ -39,7 +50,25 @@ struct Shape {
   int64_t inner_index(int64_t layer) const {
     return order == Order::pre ? unit(layer) * (layers_per_unit - 1) + layer % layers_per_unit : layer;
   }
-  int64_t inner_count() const { return order == Order::pre ? layers - units() : layers; }
+  // The same as a first value, and of all of them the number.
+  int64_t inner_begin(int64_t layer) const { return rows * (plain() ? vectors_before(layer) : inner_index(layer) * width); }
+  int64_t inner_size() const {
+    return rows * (plain() ? vectors_before(layers - 1) : (order == Order::pre ? layers - units() : layers) * width);
+  }
+
+  // First value of a layer's weight, and of a vector as wide as its output, where those of all layers lie one after another.
+  int64_t weights_before(int64_t layer) const {
+    if (!plain()) return layer * width * width;
+    int64_t sum = 0;
+    for (int64_t l = 0; l < layer; ++l) sum += in(l) * out(l);
+    return sum;
+  }
+  int64_t vectors_before(int64_t layer) const {
+    if (!plain()) return layer * width;
+    int64_t sum = 0;
+    for (int64_t l = 0; l < layer; ++l) sum += out(l);
+    return sum;
+  }
 };
 
 // Rows [begin(t), begin(t + 1)) are tile t; chunk c, one a thread, owns tiles [first_tile(c), first_tile(c + 1)). The
@@ -128,16 +157,19 @@ inline const float* data_or_null(const std::vector<at::Tensor>& tensors, int64_t
   return tensors.empty() ? nullptr : tensors[i].const_data_ptr<float>();
 }
 
-// Packed weights of all layers, [layers][panels][panel_words].
+// Packed weights, layer after layer, panel after panel.
 class PackedWeights {
  public:
   PackedWeights(const std::vector<at::Tensor>& weights, const Shape& shape, bool forward);
   const uint32_t* panel(int64_t layer, int64_t panel) const {
-    return words_ + (layer * panels_ + panel) * panel_words_;
+    return words_ + layers_[layer].begin + panel * layers_[layer].panel_words;
   }
 
  private:
-  int64_t panels_, panel_words_;
+  struct Layer {
+    int64_t begin, panel_words;
+  };
+  std::vector<Layer> layers_;
   at::Tensor memory_;
   const uint32_t* words_;
 };
@@ -162,9 +194,10 @@ ForwardResult forward(const Shape& shape, const Inputs& inputs, bool keep);
 
 struct Needs {
   bool x;
-  std::vector<bool> weights, biases, norms;  // one a layer
+  std::vector<bool> weights, biases, norms;  // one a layer (none of the last layer's norm in a plain stack)
 };
 
+// Of all layers one after another: Shape::weights_before, vectors_before.
 struct Gradients {
   at::Tensor x, weights, biases, gammas, betas;
 };

@@ -26,7 +26,7 @@ WeightGradient::WeightGradient(const Shape& shape, const Partition& partition, i
   left_bytes_ = round_up(s_.padded() * left_words_ * 4, kAlignment);
   // dy's pairs need a buffer in each thread, before they are turned; a's lie beside each other by columns.
   pairs_bytes_ = pairs ? round_up(tile_words_ * s_.padded() * 4, kAlignment) : 0;
-  result_bytes_ = round_up((by_columns_ ? 1 : s_.panels()) * s_.width * kPanel * 4, kAlignment);
+  result_bytes_ = round_up((by_columns_ ? 1 : Shape::panels(s_.width)) * s_.width * kPanel * 4, kAlignment);
   // In fp32 `a` is multiplied as it was written, so by columns it is written to its place among all tiles.
   const int64_t tiles_of_a = !wanted ? 0 : by_columns_ && !pairs ? 2 * part_.tiles : part_.chunks;
   operands_ = scratch_.add(tiles_of_a * operand_bytes_);
@@ -47,6 +47,7 @@ float* WeightGradient::accumulator(int64_t layer, int64_t chunk) const {
 // The product wants dy^T row by row, and in bf16 pairs of rows in both operands.
 void WeightGradient::add(int64_t layer, int64_t chunk, int64_t tile, const char* dy) const {
   const int64_t rows = padded_rows(part_.count(tile)), stride = s_.operand_stride();
+  const int64_t in = round_up(s_.in(layer), kPanel), out = round_up(s_.out(layer), kPanel);
   char* const left = copy(lefts_, left_bytes_, by_columns_ ? layer % 2 : chunk);
   auto* const turned = reinterpret_cast<uint32_t*>(left) + (by_columns_ ? tile * tile_words_ : 0);
   const int64_t blocks = by_columns_ ? tile_words_ : round_up(words(rows, s_.compute), 16);
@@ -55,25 +56,25 @@ void WeightGradient::add(int64_t layer, int64_t chunk, int64_t tile, const char*
   const char* right = static_cast<const char*>(a.data);
   int64_t ld_left = ld_turned, ld_right = stride;
   if (s_.compute == Kind::f32) {
-    k_.transpose_words(reinterpret_cast<const uint32_t*>(dy), blocks, s_.padded(), stride, turned, ld_turned);
+    k_.transpose_words(reinterpret_cast<const uint32_t*>(dy), blocks, out, stride, turned, ld_turned);
   } else {
     const int64_t own = (by_columns_ ? 2 * part_.tiles : 0) + chunk;
     auto* const pairs = reinterpret_cast<uint32_t*>(copy(pairs_, pairs_bytes_, own));
-    k_.interleave_rows(reinterpret_cast<const uint16_t*>(dy), blocks, s_.padded(), stride, pairs, s_.padded());
-    k_.transpose_words(pairs, blocks, s_.padded(), s_.padded(), turned, ld_turned);
+    k_.interleave_rows(reinterpret_cast<const uint16_t*>(dy), blocks, out, stride, pairs, s_.padded());
+    k_.transpose_words(pairs, blocks, out, s_.padded(), turned, ld_turned);
     const int64_t place = by_columns_ ? (layer % 2) * part_.tiles + tile : own;
     auto* const right_pairs = reinterpret_cast<uint32_t*>(copy(pairs_, pairs_bytes_, place));
     const int64_t right_words = by_columns_ ? tile_words_ : rows / 2;
-    k_.interleave_rows(reinterpret_cast<const uint16_t*>(right), right_words, s_.padded(), stride, right_pairs, s_.padded());
+    k_.interleave_rows(reinterpret_cast<const uint16_t*>(right), right_words, in, stride, right_pairs, s_.padded());
     right = reinterpret_cast<const char*>(right_pairs);
     ld_right = s_.padded();
     ld_left = 2 * ld_turned;
   }
   if (by_columns_) return;
   const bool first = tile == part_.first_tile(chunk);
-  for (int64_t panel = 0; panel < s_.panels(); ++panel) {
-    multiply(s_.compute, s_.width, rows, turned, ld_left, right + panel * kPanel * 4, ld_right,
-             accumulator(layer, chunk) + panel * s_.width * kPanel, kPanel, /*add=*/!first);
+  for (int64_t panel = 0; panel < Shape::panels(s_.in(layer)); ++panel) {
+    multiply(s_.compute, s_.out(layer), rows, turned, ld_left, right + panel * kPanel * 4, ld_right,
+             accumulator(layer, chunk) + panel * s_.out(layer) * kPanel, kPanel, /*add=*/!first);
   }
 }
 
@@ -88,18 +89,19 @@ void WeightGradient::multiply_columns(int64_t layer, int64_t chunk) const {
                             : copy(operands_, operand_bytes_, (layer % 2) * part_.tiles);
   const int64_t ld_right = pairs ? s_.padded() : s_.operand_stride();
   auto* const part = reinterpret_cast<float*>(copy(results_, result_bytes_, chunk));
-  const int64_t end = s_.panels() * (chunk + 1) / part_.chunks;
-  for (int64_t row = 0; row < s_.width; row += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, s_.width - row);
-    for (int64_t panel = s_.panels() * chunk / part_.chunks; panel < end; ++panel) {
-      const int64_t columns = std::min(kPanel, s_.width - panel * kPanel);
-      float* const out = gradient(layer) + row * s_.width + panel * kPanel;
+  const int64_t height = s_.out(layer), width = s_.in(layer), panels = Shape::panels(width);
+  const int64_t end = panels * (chunk + 1) / part_.chunks;
+  for (int64_t row = 0; row < height; row += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, height - row);
+    for (int64_t panel = panels * chunk / part_.chunks; panel < end; ++panel) {
+      const int64_t columns = std::min(kPanel, width - panel * kPanel);
+      float* const out = gradient(layer) + row * width + panel * kPanel;
       const bool whole = columns == kPanel;
       multiply(s_.compute, rows, right_rows_, left + row * left_words_, left_words_ * (pairs ? 2 : 1),
-               right + panel * kPanel * 4, ld_right, whole ? out : part, whole ? s_.width : kPanel, /*add=*/false);
+               right + panel * kPanel * 4, ld_right, whole ? out : part, whole ? width : kPanel, /*add=*/false);
       if (whole) continue;
       for (int64_t r = 0; r < rows; ++r) {
-        std::memcpy(out + r * s_.width, part + r * kPanel, static_cast<size_t>(columns) * sizeof(float));
+        std::memcpy(out + r * width, part + r * kPanel, static_cast<size_t>(columns) * sizeof(float));
       }
     }
   }
@@ -108,11 +110,12 @@ void WeightGradient::multiply_columns(int64_t layer, int64_t chunk) const {
 // This thread's rows of the gradient, summed over the threads that hold parts of it.
 void WeightGradient::add_threads(int64_t layer, int64_t chunk) const {
   std::vector<const float*> parts(part_.chunks);
-  for (int64_t row = s_.width * chunk / part_.chunks; row < s_.width * (chunk + 1) / part_.chunks; ++row) {
-    for (int64_t panel = 0; panel < s_.panels(); ++panel) {
-      for (int64_t c = 0; c < part_.chunks; ++c) parts[c] = accumulator(layer, c) + (panel * s_.width + row) * kPanel;
-      k_.sum_buffers(parts.data(), part_.chunks, std::min(kPanel, s_.width - panel * kPanel),
-                     gradient(layer) + row * s_.width + panel * kPanel);
+  const int64_t height = s_.out(layer), width = s_.in(layer);
+  float* const sum = gradient(layer);
+  for (int64_t row = height * chunk / part_.chunks; row < height * (chunk + 1) / part_.chunks; ++row) {
+    for (int64_t panel = 0; panel < Shape::panels(width); ++panel) {
+      for (int64_t c = 0; c < part_.chunks; ++c) parts[c] = accumulator(layer, c) + (panel * height + row) * kPanel;
+      k_.sum_buffers(parts.data(), part_.chunks, std::min(kPanel, width - panel * kPanel), sum + row * width + panel * kPanel);
     }
   }
 }

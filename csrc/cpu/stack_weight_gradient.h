@@ -1,4 +1,4 @@
-// The weight gradients of a residual stack, dy^T a for each layer, gathered while the backward pass walks the tiles.
+// The weight gradients of a stack, dy^T a for each layer, gathered while the backward pass walks the tiles.
 //
 // Two plans. By rows: every thread sums its own tiles into a [width, width] buffer, and the threads' buffers are added up
 // afterwards. By columns: the operands of all rows are kept, and each thread then computes its share of the gradient's
@@ -16,7 +16,7 @@ namespace rvae::cpu::stack {
 class WeightGradient {
  public:
   // Reserves what it needs in `scratch`. `tile_rows` is the height of the operand tiles, whole blocks of 16 words;
-  // `gradient` is [layers, width, width], or has no layers where nothing is wanted.
+  // `gradient` is that of all layers one after another, or empty where nothing is wanted.
   WeightGradient(const Shape& shape, const Partition& partition, int64_t tile_rows, Scratch& scratch,
                  const at::Tensor& gradient);
 
@@ -36,7 +36,7 @@ class WeightGradient {
 
   char* copy(int64_t offset, int64_t bytes, int64_t index) const { return scratch_.get<char>(offset + bytes * index); }
   float* accumulator(int64_t layer, int64_t chunk) const;
-  float* gradient(int64_t layer) const { return gradient_.data_ptr<float>() + layer * s_.width * s_.width; }
+  float* gradient(int64_t layer) const { return gradient_.data_ptr<float>() + s_.weights_before(layer); }
 
   const Shape s_;
   const Partition& part_;

@@ -41,11 +41,12 @@ def _whole(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
     return there if len(there) in (0, len(tensors)) else None
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode AD is at work, which no kernel knows."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _native_dtype(x: Tensor, lists: Sequence[Sequence[Tensor]]) -> torch.dtype | str:
+def native_dtype(x: Tensor, lists: Sequence[Sequence[Tensor]]) -> torch.dtype | str:
     """The dtype of the products on the native kernels, or why they do not cover the call."""
     dtype = torch.float32
     if torch.is_autocast_enabled("cpu"):
@@ -90,10 +91,10 @@ def _choose(
         chosen = "layers of which some have a bias, weight or buffer and some have not"
     elif len(set(batch_stats)) > 1:
         chosen = "norms of which some take the statistics of the batch and some do not"
-    elif not torch.compiler.is_compiling() and _transformed():
+    elif not torch.compiler.is_compiling() and transformed():
         chosen = "transforms of torch.func and forward-mode AD"
     elif name == "native":
-        chosen = _native_dtype(x, whole)
+        chosen = native_dtype(x, whole)
     else:
         chosen = _triton_dtype(x, whole, batch_stats[0])
     if isinstance(chosen, torch.dtype):
@@ -114,22 +115,33 @@ def _can_skip_dispatch(tensors: Sequence[Tensor]) -> bool:
     return torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, tensors))
 
 
-def _update_running(
-    running_means: list[Tensor], running_vars: list[Tensor], statistics: Tensor, momentum: Sequence[float], width: int
+def update_running(
+    running_means: list[Tensor], running_vars: list[Tensor], statistics: Tensor, momentum: Sequence[float]
 ) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, layer by layer: shared norms see each in turn."""
+    if _HAS_KERNELS and statistics.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _can_skip_dispatch([*running_means, *running_vars]) and _are_fp32(running_means, running_vars):
+            torch.ops.rvae_fast.update_running.default(running_means, running_vars, statistics, momentum)
+            return
     with torch.no_grad():
         statistics = statistics.to(running_means[0].dtype)
-        means, variances = statistics[:, 0, :width].unbind(0), statistics[:, 2, :width].unbind(0)
+        means, variances = (
+            [row[: running.shape[0]] for row, running in zip(statistics[:, kind].unbind(0), running_means, strict=True)]
+            for kind in (0, 2)
+        )
         distinct = len({id(t) for t in running_means}) == len(running_means)
         if distinct and len(set(momentum)) == 1:
             for running, batch in ((running_means, means), (running_vars, variances)):
                 torch._foreach_mul_(running, 1.0 - momentum[0])
-                torch._foreach_add_(running, list(batch), alpha=momentum[0])
+                torch._foreach_add_(running, batch, alpha=momentum[0])
             return
         for i, weight in enumerate(momentum):
             running_means[i].mul_(1.0 - weight).add_(means[i], alpha=weight)
             running_vars[i].mul_(1.0 - weight).add_(variances[i], alpha=weight)
+
+
+def _are_fp32(*lists: list[Tensor]) -> bool:
+    return all(t.dtype == torch.float32 and t.is_contiguous() for tensors in lists for t in tensors)
 
 
 # --- the function ---
@@ -223,5 +235,5 @@ def residual_stack(
     else:
         out, _, _, statistics = kernels.forward(x, *whole, *options)
     if update:
-        _update_running(whole[4], whole[5], statistics, momentum, x.shape[1])
+        update_running(whole[4], whole[5], statistics, momentum)
     return out

@@ -46,6 +46,10 @@ _BACKWARD_SCHEMA = (
 )
 
 library = torch.library.Library("rvae_fast", "FRAGMENT")
+# Moves running averages towards a batch's statistics, as a forward op lays them out; fp32, contiguous, on the CPU.
+library.define(
+    "update_running(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor statistics, float[] momentum) -> ()"
+)
 _native.is_available()  # loads the native kernels
 
 

@@ -1,0 +1,87 @@
+"""``plain_stack``: the layers of a plain network in one call, where the native kernels cover them.
+
+The function at the end is what :class:`rvae_fast.nn.PlainStack` calls, after it has asked :func:`products_dtype`; what
+the kernels do not cover, its modules do one by one. The op itself is in :mod:`.plain_stack_op`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rvae_fast import _backend
+from rvae_fast.ops.plain_stack_op import PlainStackFunction, forward_op
+from rvae_fast.ops.residual_stack import native_dtype, transformed, update_running
+
+_HAS_KERNELS: bool = torch._C._dispatch_has_kernel_for_dispatch_key("rvae_fast::plain_stack", "CPU")
+
+#: Weights, biases, norm weights, norm biases, running means, running variances; a list may be empty.
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def products_dtype(x: Tensor, lists: Lists, batch_stats: Sequence[bool]) -> torch.dtype | None:
+    """The dtype of the products if :func:`plain_stack` covers the call under the backend in force; else None.
+
+    It asks, and never fails: a backend without this op leaves it to the modules. Covered are fp32 parameters and fp32
+    rows on the CPU, and under autocast to bf16 fp32 and bf16 rows.
+    """
+    if not _HAS_KERNELS or x.device.type != "cpu" or _backend.current_backend() not in ("auto", "native"):
+        return None
+    if x.dim() != 2 or x.shape[1] != lists[0][0].shape[1] or len(set(batch_stats)) != 1:
+        return None
+    if x.shape[0] <= int(batch_stats[0]) or (not batch_stats[0] and not lists[4]):
+        return None  # an error, or nothing to do
+    if not torch.compiler.is_compiling() and transformed():
+        return None
+    dtype = native_dtype(x, lists)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def plain_stack(
+    x: Tensor,
+    lists: Lists,
+    *,
+    activation: str,
+    negative_slope: float,
+    eps: float,
+    momentum: Sequence[float],
+    batch_stats: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Linear -> BatchNorm -> activation, ``L - 1`` times, then Linear: :func:`rvae_fast.reference.plain_stack`.
+
+    Parameters
+    ----------
+    x : Tensor [batch, W[0]]
+        fp32; with ``dtype`` bf16 also bf16.
+    lists : six lists of fp32 tensors
+        L weights ``[W[l + 1], W[l]]``; L or no biases ``[W[l + 1]]``; L - 1 or none of norm weights, norm biases,
+        running means and running variances ``[W[l + 1]]``. The last two are updated in place with ``batch_stats``, and
+        used to normalise without.
+    activation, negative_slope
+        See :class:`rvae_fast.ResidualBlock`.
+    eps : float
+    momentum : L - 1 floats
+        Weight of this batch in each running average.
+    batch_stats : bool
+        Normalise by the statistics of this batch.
+    dtype : torch.dtype
+        Of the products and of what is kept for the backward, from :func:`products_dtype`.
+
+    Returns
+    -------
+    Tensor [batch, W[L]]
+        In ``dtype``, like the output of the linear layer that ends the stack.
+    """
+    parameters = [p for tensors in lists[:4] for p in tensors]
+    keep = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+    options = (activation, negative_slope, eps, batch_stats, dtype, keep)
+    if keep and not torch.compiler.is_compiling():
+        out, statistics = PlainStackFunction.apply((*lists, *options), x, *parameters)
+    else:
+        out, _, statistics = forward_op(x, *lists, *options)
+    if batch_stats and lists[4]:
+        update_running(lists[4], lists[5], statistics, momentum)
+    return out
