@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rvae_fast import _backend
-from rvae_fast.ops.plain_stack_op import PlainStackFunction, forward_op
-from rvae_fast.ops.residual_stack import native_dtype, transformed, update_running
+from rvae_fast.ops.plain_stack_op import forward_op, train_op
+from rvae_fast.ops.residual_stack import can_skip_dispatch, native_dtype, transformed, update_running
 
 _HAS_KERNELS: bool = torch._C._dispatch_has_kernel_for_dispatch_key("rvae_fast::plain_stack", "CPU")
 
@@ -75,13 +75,11 @@ def plain_stack(
     Tensor [batch, W[L]]
         In ``dtype``, like the output of the linear layer that ends the stack.
     """
-    parameters = [p for tensors in lists[:4] for p in tensors]
-    keep = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
-    options = (activation, negative_slope, eps, batch_stats, dtype, keep)
-    if keep and not torch.compiler.is_compiling():
-        out, statistics = PlainStackFunction.apply((*lists, *options), x, *parameters)
-    else:
-        out, _, statistics = forward_op(x, *lists, *options)
+    every = [x, *(t for tensors in lists for t in tensors)]
+    if not torch.compiler.is_compiling() and can_skip_dispatch(every):
+        return train_op(x, *lists, activation, negative_slope, eps, momentum, batch_stats, dtype)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in every)
+    out, _, statistics = forward_op(x, *lists, activation, negative_slope, eps, batch_stats, dtype, keep)
     if batch_stats and lists[4]:
         update_running(lists[4], lists[5], statistics, momentum)
     return out

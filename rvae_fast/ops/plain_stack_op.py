@@ -42,6 +42,13 @@ library.define(
     "-> (Tensor x, Tensor weights, Tensor biases, Tensor norm_weights, Tensor norm_biases)"
 )
 
+# Forward with its own autograd node in C++, which updates the running statistics too: for eager calls.
+library.define(
+    "plain_stack_train(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norm_weights, Tensor[] norm_biases, "
+    "Tensor(a!)[] running_means, Tensor(b!)[] running_vars, str activation, float negative_slope, float eps, "
+    "float[] momentum, bool batch_stats, ScalarType dtype) -> Tensor"
+)
+
 
 @torch.library.register_fake("rvae_fast::plain_stack", lib=library)
 def _fake_forward(
@@ -103,8 +110,12 @@ def _fake_backward(
 
 forward_op = torch.ops.rvae_fast.plain_stack.default
 backward_op = torch.ops.rvae_fast.plain_stack_backward.default
+train_op = torch.ops.rvae_fast.plain_stack_train.default
 
 # --- autograd ---
+#
+# Of the op itself: for graphs, for callers of torch.ops, and for gradients of gradients. Eager training differentiates in
+# C++, csrc/cpu/plain_stack_autograd.cpp.
 #
 # Parameters come as four lists in the order of the schema (weights, biases, norm_weights, norm_biases), whole or empty.
 
@@ -191,20 +202,3 @@ def _op_backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("rvae_fast::plain_stack", _op_backward, setup_context=_save, lib=library)
-
-
-class PlainStackFunction(torch.autograd.Function):
-    """The same for eager calls, which need not pay for the op's generated autograd layer."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: tuple[Any, ...], x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = forward_op(x, *inputs)
-        _save(ctx, (x, *inputs), output)
-        return output[0], output[2]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        needs = _lists(ctx.needs_input_grad[2:], ctx.counts[:4])
-        grad_x, grads = _run_backward(ctx, gradient, ctx.needs_input_grad[1], needs)
-        return (None, grad_x, *(grad for part in grads for grad in part))

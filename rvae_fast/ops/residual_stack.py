@@ -110,7 +110,7 @@ def _choose(
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def _can_skip_dispatch(tensors: Sequence[Tensor]) -> bool:
+def can_skip_dispatch(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing listens between a call of the op and its implementation: no subclass, no dispatch mode."""
     return torch._C._len_torch_dispatch_stack() == 0 and _PLAIN.issuperset(map(type, tensors))
 
@@ -120,7 +120,7 @@ def update_running(
 ) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, layer by layer: shared norms see each in turn."""
     if _HAS_KERNELS and statistics.device.type == "cpu" and not torch.compiler.is_compiling():
-        if _can_skip_dispatch([*running_means, *running_vars]) and _are_fp32(running_means, running_vars):
+        if can_skip_dispatch([*running_means, *running_vars]) and _are_fp32(running_means, running_vars):
             torch.ops.rvae_fast.update_running.default(running_means, running_vars, statistics, momentum)
             return
     with torch.no_grad():
@@ -225,7 +225,7 @@ def residual_stack(
     if name == "triton":
         kernels = _TRITON_OPS[x.device.type]
         x = x.contiguous()
-        if not torch.compiler.is_compiling() and _can_skip_dispatch([x, *parameters]):
+        if not torch.compiler.is_compiling() and can_skip_dispatch([x, *parameters]):
             kernels = triton_kernels.DIRECT
             if update:
                 kernels = kernels._replace(forward=functools.partial(kernels.forward, momentum=momentum))
