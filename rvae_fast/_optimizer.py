@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rvae_fast._training_config import TrainingConfig
+from rvae_fast.ops.autoencoder_gradients import IS_AVAILABLE as HAS_NORM
+from rvae_fast.ops.autoencoder_gradients import gradient_norm
+from rvae_fast.ops.residual_stack import can_skip_dispatch
 
 #: Devices on which torch has fused Adam kernels that honour ``grad_scale`` and ``found_inf``.
 _FUSED = ("cpu", "cuda")
@@ -47,10 +50,14 @@ class Optimizer:
         self._groups = list(by_dtype.values())
         # The kernels' divisor is fp32: enough for fp32 and below, too coarse and too short of range for fp64.
         self._fold = torch.float64 not in by_dtype
+        self._one_pass = HAS_NORM and device.type == "cpu" and list(by_dtype) == [torch.float32]
 
     def norm(self) -> Tensor:
         """Global L2 norm of the gradients, a scalar on their device."""
-        norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self._one_pass and all(g.is_contiguous() for g in gradients) and can_skip_dispatch(gradients):
+            return gradient_norm(gradients)
+        norms = torch._foreach_norm(gradients)
         if len(self._groups) > 1:
             norms = tuple(norm.to(self.parameters[0].dtype) for norm in norms)
         return torch.linalg.vector_norm(torch.stack(norms))

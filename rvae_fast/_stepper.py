@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rvae_fast import _rng
+from rvae_fast._direct_gradients import DirectGradients
 from rvae_fast._graphs import StepGraph
 from rvae_fast._history import STEP_COLUMNS, History
 from rvae_fast._nonfinite import ActivationWatch, BufferGuard, NonFiniteError, find_in_rows, non_finite_weight
@@ -52,6 +53,7 @@ class Stepper:
         self.seed, self.precision, self.sync_every = seed, precision, sync_every
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = Optimizer(parameters, schedule.config)
+        self._direct = DirectGradients(model, parameters)
         self.guard = BufferGuard(model)
         self.order = torch.empty(0, dtype=torch.int64)
         #: True while an update is half made; if a run is broken off there, its state must not be saved.
@@ -162,13 +164,20 @@ class Stepper:
         """Gradients of the mean loss over ``n`` rows in all; the step's record ``[4]`` and the gradient norm."""
         self.optimizer.zero_grad()
         total: list[Tensor] = []
+        direct = not isinstance(kld_weight, Tensor)
         for x in inputs:
-            error, kld = self._terms(x)
-            # Sums over n, not means over batches: a shorter last batch weighs what its rows weigh.
-            error, kld = error.sum() / n, kld.sum() / n
-            loss = error + kld_weight * kld
-            loss.backward()
-            part = torch.stack((loss.detach(), error.detach(), kld.detach()))
+            part = None
+            if direct:
+                with autocast(self.precision, self.rows.device):
+                    part = self._direct(x, n, float(kld_weight), add=bool(total))
+            if part is None:
+                direct = False
+                error, kld = self._terms(x)
+                # Sums over n, not means over batches: a shorter last batch weighs what its rows weigh.
+                error, kld = error.sum() / n, kld.sum() / n
+                loss = error + kld_weight * kld
+                loss.backward()
+                part = torch.stack((loss.detach(), error.detach(), kld.detach()))
             total = [total[0] + part] if total else [part]
         norm = self.optimizer.norm()
         return torch.cat((total[0], norm.to(total[0].dtype).view(1))), norm

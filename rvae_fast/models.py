@@ -176,6 +176,12 @@ class Autoencoder(nn.Module):
             self.encoder = _plain_net((*hidden[:-1], code), activation, negative_slope, eps, momentum)
             self.decoder = _plain_net(hidden[::-1], activation, negative_slope, eps, momentum)
 
+    @property
+    def logvar_range(self) -> tuple[float, float]:
+        """Between which two numbers the log variance of the posterior is kept."""
+        low, high = self._config["logvar_range"]
+        return low, high
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values: ``type(model)(**model.config())`` has the same shape."""
         return {k: list(v) if isinstance(v, list) else v for k, v in self._config.items()}

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rvae_fast._activations import Activation, check_activation
 from rvae_fast._architecture import positive_int
-from rvae_fast.ops.plain_stack import plain_stack, products_dtype
+from rvae_fast.ops.plain_stack import Lists, Options, plain_stack, products_dtype
 from rvae_fast.ops.residual_stack import residual_stack
 
 ORDERS = ("pre", "post")
@@ -260,30 +260,47 @@ class PlainStack(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        call = self.as_one_op(input)
+        if call is None or input.shape[1] != call.lists[0][0].shape[1]:
+            return super().forward(input)
+        momentum = self.advance(call)
+        return plain_stack(
+            input, call.lists, call.options, momentum=momentum, batch_stats=call.batch_stats, dtype=call.dtype
+        )
+
+    def as_one_op(self, rows: Tensor) -> PlainCall | None:
+        """The layers as arguments of the op, if it covers them and such rows (whatever their width) as things are."""
         modules = list(self._modules.values())
         if not _is_plain(modules):
-            return super().forward(input)
+            return None
         linears, norms, activation = modules[0::3], modules[1::3], modules[2]
         batch_stats = [norm.training or norm.running_mean is None for norm in norms]
         lists = [_values(linears, name) for name in ("weight", "bias")]
         lists += [_values(norms, name) for name in ("weight", "bias", "running_mean", "running_var")]
         # A list is whole or empty; one with gaps is the modules' to run.
-        found: Any = [[] if tensors[0] is None else tensors for tensors in lists]
-        gaps = any((tensor is None) != (tensors[0] is None) for tensors in lists for tensor in tensors)
-        dtype = None if gaps else products_dtype(input, found, batch_stats)
+        if any((tensor is None) != (tensors[0] is None) for tensors in lists for tensor in tensors):
+            return None
+        found: Any = tuple([] if tensors[0] is None else tensors for tensors in lists)
+        dtype = products_dtype(rows, found, batch_stats)
         if dtype is None:
-            return super().forward(input)
-        _, momentum = _advance(norms)
-        return plain_stack(
-            input,
-            found,
-            activation=activation.activation,
-            negative_slope=activation.negative_slope,
-            eps=norms[0].eps,
-            momentum=momentum,
-            batch_stats=batch_stats[0],
-            dtype=dtype,
-        )
+            return None
+        options = Options(activation.activation, activation.negative_slope, norms[0].eps)
+        return PlainCall(found, norms, options, batch_stats[0], dtype)
+
+    @staticmethod
+    def advance(call: PlainCall) -> list[float]:
+        """Count the batch in the norms; the weight of the batch in each running average."""
+        return _advance(call.norms)[1]
+
+
+class PlainCall(NamedTuple):
+    """What :meth:`PlainStack.as_one_op` found; see :func:`rvae_fast.ops.plain_stack.plain_stack`."""
+
+    lists: Lists
+    norms: Sequence[nn.BatchNorm1d]
+    options: Options
+    batch_stats: bool
+    dtype: torch.dtype
 
 
 def _is_plain(modules: Sequence[Any]) -> bool:

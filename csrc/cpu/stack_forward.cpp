@@ -32,10 +32,10 @@ class ForwardPass {
     result_.out = empty_large({s_.rows, s_.out(s_.layers - 1)}, options.dtype(scalar_type(s_.output())));
     result_.stream = empty_large({streams, s_.rows, s_.width}, options);
     // In a plain stack, whose widths differ, what a layer reads and what it writes must not share memory.
-    const int64_t whole = s_.rows * s_.width * (s_.plain() ? 2 : 1);
-    const int64_t inner = keep_ ? s_.inner_size() : std::min(whole, s_.inner_size());
+    const int64_t one = s_.rows * s_.width, shared = s_.plain() ? std::min<int64_t>(2, s_.norms()) * one : std::min(one, s_.inner_size());
+    const int64_t inner = keep_ ? s_.inner_size() : shared;
     result_.inner = empty_large({inner}, options.dtype(scalar_type(s_.compute)));
-    if (!s_.plain()) result_.inner = result_.inner.view({inner / (s_.rows * s_.width), s_.rows, s_.width});
+    if (!s_.plain()) result_.inner = result_.inner.view({inner / one, s_.rows, s_.width});
     result_.statistics = at::zeros({s_.norms(), 3, s_.padded()}, options.dtype(at::kFloat));
 
     const int64_t tile = round_up(part_.most_rows(), 4);

@@ -7,6 +7,7 @@ the kernels do not cover, its modules do one by one. The op itself is in :mod:`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +22,23 @@ _HAS_KERNELS: bool = torch._C._dispatch_has_kernel_for_dispatch_key("rvae_fast::
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
+class Options(NamedTuple):
+    """What the layers of a stack have in common."""
+
+    activation: str
+    negative_slope: float
+    eps: float
+
+
 def products_dtype(x: Tensor, lists: Lists, batch_stats: Sequence[bool]) -> torch.dtype | None:
     """The dtype of the products if :func:`plain_stack` covers the call under the backend in force; else None.
 
     It asks, and never fails: a backend without this op leaves it to the modules. Covered are fp32 parameters and fp32
-    rows on the CPU, and under autocast to bf16 fp32 and bf16 rows.
+    rows on the CPU, and under autocast to bf16 fp32 and bf16 rows. Of ``x`` all but the width is looked at.
     """
     if not _HAS_KERNELS or x.device.type != "cpu" or _backend.current_backend() not in ("auto", "native"):
         return None
-    if x.dim() != 2 or x.shape[1] != lists[0][0].shape[1] or len(set(batch_stats)) != 1:
+    if x.dim() != 2 or len(set(batch_stats)) != 1:
         return None
     if x.shape[0] <= int(batch_stats[0]) or (not batch_stats[0] and not lists[4]):
         return None  # an error, or nothing to do
@@ -42,10 +51,8 @@ def products_dtype(x: Tensor, lists: Lists, batch_stats: Sequence[bool]) -> torc
 def plain_stack(
     x: Tensor,
     lists: Lists,
+    options: Options,
     *,
-    activation: str,
-    negative_slope: float,
-    eps: float,
     momentum: Sequence[float],
     batch_stats: bool,
     dtype: torch.dtype,
@@ -60,9 +67,8 @@ def plain_stack(
         L weights ``[W[l + 1], W[l]]``; L or no biases ``[W[l + 1]]``; L - 1 or none of norm weights, norm biases,
         running means and running variances ``[W[l + 1]]``. The last two are updated in place with ``batch_stats``, and
         used to normalise without.
-    activation, negative_slope
+    options : Options
         See :class:`rvae_fast.ResidualBlock`.
-    eps : float
     momentum : L - 1 floats
         Weight of this batch in each running average.
     batch_stats : bool
@@ -77,9 +83,9 @@ def plain_stack(
     """
     every = [x, *(t for tensors in lists for t in tensors)]
     if not torch.compiler.is_compiling() and can_skip_dispatch(every):
-        return train_op(x, *lists, activation, negative_slope, eps, momentum, batch_stats, dtype)
+        return train_op(x, *lists, *options, momentum, batch_stats, dtype)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in every)
-    out, _, statistics = forward_op(x, *lists, activation, negative_slope, eps, batch_stats, dtype, keep)
+    out, _, statistics = forward_op(x, *lists, *options, batch_stats, dtype, keep)
     if batch_stats and lists[4]:
         update_running(lists[4], lists[5], statistics, momentum)
     return out

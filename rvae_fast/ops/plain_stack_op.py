@@ -68,10 +68,10 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, widths = x.shape[0], [weight.shape[0] for weight in weights]
     widest = max(x.shape[1], *widths)
-    inner = sum(widths[:-1])
+    inner = sum(widths[:-1]) if keep else min(2, len(widths) - 1) * widest
     return (
         x.new_empty((rows, widths[-1]), dtype=dtype),
-        x.new_empty((rows * (inner if keep else min(inner, 2 * widest)),), dtype=dtype),
+        x.new_empty((rows * inner,), dtype=dtype),
         x.new_empty((len(weights) - 1, 3, -(-widest // 32) * 32), dtype=torch.float32),
     )
 
