@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class DirectGradients:
 
     It can for an :class:`~rvae_fast.AE` or :class:`~rvae_fast.VAE` on the CPU whose stacks the native kernels cover, in
     training mode, with nothing frozen or shared, and without hooks on modules or parameters, each of which autograd
-    alone knows how to serve. All of it is looked at again at every step.
+    alone knows how to serve. That is looked at when :meth:`look` is called, once an epoch: nobody else has a say within.
 
     Parameters
     ----------
@@ -35,6 +36,27 @@ class DirectGradients:
         self._places: list[Tensor] = []  # the parameters, in the kernel's order
         self._flat = torch.empty(0)
         self._views: list[Tensor] = []
+        self._before: tuple[Any, ...] | None = None  # the kernel's arguments before and behind those of a batch
+        self._behind: tuple[Any, ...] = ()
+        self._counts: list[Tensor] = []  # of the batches that the norms have seen
+
+    def look(self, x: Tensor) -> None:
+        """See what batches like ``x`` are to go through, as things are now."""
+        self._before = None
+        calls = self._calls(x) if self._ours else None
+        if calls is None or not self._place(*calls):
+            return
+        model = self._model
+        assert isinstance(model, Autoencoder)
+        self._before = tuple(
+            argument
+            for call in calls
+            for argument in ([*chain(*call.lists)], [*map(len, call.lists)], [norm.momentum for norm in call.norms])
+        )
+        self._counts = [norm.num_batches_tracked for call in calls for norm in call.norms if norm.track_running_stats]
+        self._behind = (
+            *calls[0].options, calls[0].dtype, model.likelihood, model.is_variational, *model.logvar_range,
+        )  # fmt: skip
 
     def __call__(self, x: Tensor, n: int, kld_weight: float, *, add: bool) -> Tensor | None:
         """Loss, error and divergence ``[3]`` of a batch, its share of ``n`` rows; None if autograd has to do it.
@@ -48,21 +70,11 @@ class DirectGradients:
         add : bool
             Add to the gradients of the batches before, rather than replace them.
         """
-        calls = self._calls(x) if self._ours else None
-        if calls is None:
+        if self._before is None or x.shape[0] < 2:
             return None
-        model, (encoder, decoder) = self._model, calls
-        assert isinstance(model, Autoencoder)
-        if not self._place(encoder, decoder):
-            return None
-        # Past autograd, which would count the buffers' changes; the kernel counts them itself.
-        terms: Tensor = autoencoder_gradients(
-            x,
-            [*chain(*encoder.lists)], list(map(len, encoder.lists)), PlainStack.advance(encoder),
-            [*chain(*decoder.lists)], list(map(len, decoder.lists)), PlainStack.advance(decoder),
-            *encoder.options, encoder.dtype,
-            model.likelihood, model.is_variational, *model.logvar_range, kld_weight, n, add, self._flat,
-        )  # fmt: skip
+        if self._counts:
+            torch._foreach_add_(self._counts, 1)
+        terms: Tensor = autoencoder_gradients(x, *self._before, *self._behind, kld_weight, n, add, self._flat)
         for parameter, view in zip(self._places, self._views, strict=True):
             parameter.grad = view
         return terms
@@ -82,7 +94,10 @@ class DirectGradients:
         second = None if first is None else decoder.as_one_op(x)
         if first is None or second is None or not (first.batch_stats and second.batch_stats):
             return None
-        return (first, second) if first.options == second.options else None
+        norms = [*first.norms, *second.norms]
+        if first.options != second.options or len({*map(id, norms)}) != len(norms):
+            return None
+        return None if any(norm.momentum is None for norm in norms) else (first, second)  # that weight is a step's own
 
     def _place(self, encoder: PlainCall, decoder: PlainCall) -> bool:
         """Give every parameter its place in the flat gradient; False if some have none, or a say of their own."""

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rvae_fast._training_config import TrainingConfig
-from rvae_fast.ops.autoencoder_gradients import IS_AVAILABLE as HAS_NORM
-from rvae_fast.ops.autoencoder_gradients import gradient_norm
-from rvae_fast.ops.residual_stack import can_skip_dispatch
+from rvae_fast.ops.autoencoder_gradients import IS_AVAILABLE as HAS_KERNELS
+from rvae_fast.ops.autoencoder_gradients import clipped_adam, gradient_norm
 
 #: Devices on which torch has fused Adam kernels that honour ``grad_scale`` and ``found_inf``.
 _FUSED = ("cpu", "cuda")
@@ -24,7 +23,8 @@ class Optimizer:
     scalar as they read it (there for loss scaling): that scalar is max(1, norm / max_grad_norm) here, so clipping costs
     no pass of its own. Their ``found_inf`` makes a step do nothing, decided on the device. And making a ``torch.optim``
     optimiser imports torch's compiler, some 800 modules, which takes seconds. On devices without these kernels, and for
-    RAdam, which has none, the step is ``torch.optim``'s functional one.
+    RAdam, which has none, the step is ``torch.optim``'s functional one. fp32 parameters on the CPU, all with a gradient,
+    are stepped by the package's own kernel, which does the same for all tensors at once.
 
     Parameters
     ----------
@@ -50,17 +50,22 @@ class Optimizer:
         self._groups = list(by_dtype.values())
         # The kernels' divisor is fp32: enough for fp32 and below, too coarse and too short of range for fp64.
         self._fold = torch.float64 not in by_dtype
-        self._one_pass = HAS_NORM and device.type == "cpu" and list(by_dtype) == [torch.float32]
+        #: Whether norm and step run as the package's own kernels.
+        self._native = HAS_KERNELS and device.type == "cpu" and list(by_dtype) == [torch.float32]
+        self._rate = torch.zeros((), dtype=torch.float64)
 
     def norm(self) -> Tensor:
         """Global L2 norm of the gradients, a scalar on their device."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self._one_pass and all(g.is_contiguous() for g in gradients) and can_skip_dispatch(gradients):
+        if self._is_native(gradients):
             return gradient_norm(gradients)
         norms = torch._foreach_norm(gradients)
         if len(self._groups) > 1:
             norms = tuple(norm.to(self.parameters[0].dtype) for norm in norms)
         return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _is_native(self, tensors: Sequence[Tensor | None]) -> bool:
+        return self._native and all(t is not None and t.is_contiguous() for t in tensors)
 
     @torch.no_grad()
     def step(self, learning_rate: float | Tensor, norm: Tensor, blocked: Tensor | None = None) -> None:
@@ -75,6 +80,15 @@ class Optimizer:
         blocked : Tensor [] float32, optional
             1.0 makes the step do nothing, without the host knowing.
         """
+        config = self.config
+        gradients = [p.grad for p in self.parameters]
+        if self.fused and self._is_native(gradients) and self._is_native(self.parameters):
+            rate = learning_rate if isinstance(learning_rate, Tensor) else self._rate.fill_(learning_rate)
+            clipped_adam(
+                self.parameters, gradients, self._exp_avg, self._exp_avg_sq, self._steps, rate, *config.betas,
+                config.eps, config.weight_decay, config.optimizer == "adamw", norm, config.max_grad_norm, blocked,
+            )  # fmt: skip
+            return
         scale = None
         if self.config.max_grad_norm is not None:
             # 1e-6 as torch.nn.utils.clip_grad_norm_ has it.
@@ -93,7 +107,6 @@ class Optimizer:
             present[missing] = 0.0
             taken = taken * present
         self._steps += taken
-        config = self.config
         for group in self._groups:
             group = [i for i in group if self.parameters[i].grad is not None] if missing else group
             if group:

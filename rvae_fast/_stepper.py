@@ -54,6 +54,7 @@ class Stepper:
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = Optimizer(parameters, schedule.config)
         self._direct = DirectGradients(model, parameters)
+        self._looked_for: Tensor | None = None
         self.guard = BufferGuard(model)
         self.order = torch.empty(0, dtype=torch.int64)
         #: True while an update is half made; if a run is broken off there, its state must not be saved.
@@ -166,10 +167,11 @@ class Stepper:
         total: list[Tensor] = []
         direct = not isinstance(kld_weight, Tensor)
         for x in inputs:
-            part = None
-            if direct:
+            if direct and self._looked_for is not self.order:  # the first step of an epoch
                 with autocast(self.precision, self.rows.device):
-                    part = self._direct(x, n, float(kld_weight), add=bool(total))
+                    self._direct.look(x)
+                self._looked_for = self.order
+            part = self._direct(x, n, float(kld_weight), add=bool(total)) if direct else None
             if part is None:
                 direct = False
                 error, kld = self._terms(x)

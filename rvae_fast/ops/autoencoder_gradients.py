@@ -3,7 +3,8 @@
 It does what the model's ``loss_terms`` and autograd do, on the same kernels and in the same order, so the numbers are the
 same; what it leaves out is the graph and the Python between some thirty small ops, which take longer than the kernels of a
 network of a few small layers. The kernel is ``csrc/cpu/autoencoder_gradients.cpp``; there is none for GPUs, where steps run
-as CUDA graphs. ``gradient_norm``, the norm of a list of gradients in one pass, is beside it.
+as CUDA graphs. Beside it, for the rest of a step: ``gradient_norm``, the norm of a list of gradients in one pass, and
+``clipped_adam``, which torch's fused kernel does in a parallel region a tensor.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ library.define(
     "Tensor(a!) gradient) -> Tensor"
 )
 library.define("gradient_norm(Tensor[] tensors) -> Tensor")
+# A step of Adam (AdamW if decoupled) on gradients divided by max(1, norm / max_norm); nothing where blocked is not zero.
+library.define(
+    "clipped_adam(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, "
+    "Tensor(d!) steps, Tensor learning_rate, float beta1, float beta2, float eps, float weight_decay, bool decoupled, "
+    "Tensor norm, float? max_norm, Tensor? blocked) -> ()"
+)
 
 #: Whether this build has the kernels.
 IS_AVAILABLE: bool = torch._C._dispatch_has_kernel_for_dispatch_key("rvae_fast::gradient_norm", "CPU")
 
 autoencoder_gradients = torch.ops.rvae_fast.autoencoder_gradients.default
+clipped_adam = torch.ops.rvae_fast.clipped_adam.default
 _norm = torch.ops.rvae_fast.gradient_norm.default
 
 
