@@ -1,4 +1,4 @@
-// The plain stack's ops as stack_ops.cpp registers them, for its autograd node.
+// The plain stack's ops as plain_stack.cpp registers them, for its autograd node.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -9,7 +9,6 @@
 #include "cpu/stack_checks.h"
 
 namespace rvae::cpu::stack {
-
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plain_stack(const at::Tensor& x, Tensors weights, Tensors biases, Tensors gammas,
                                                            Tensors betas, Tensors running_means, Tensors running_vars,

@@ -115,7 +115,7 @@ train_op = torch.ops.rvae_fast.plain_stack_train.default
 # --- autograd ---
 #
 # Of the op itself: for graphs, for callers of torch.ops, and for gradients of gradients. Eager training differentiates in
-# C++, csrc/cpu/plain_stack_autograd.cpp.
+# C++, csrc/cpu/stack_autograd.cpp.
 #
 # Parameters come as four lists in the order of the schema (weights, biases, norm_weights, norm_biases), whole or empty.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rvae_fast import _backend
 from rvae_fast.ops import residual_stack_triton as triton_kernels
-from rvae_fast.ops.residual_stack_op import _ResidualStack, define, library, run_reference
+from rvae_fast.ops.residual_stack_op import _ResidualStack, define, library, run_reference, train_op
 
 _OP = define("residual_stack")
 triton_kernels.register(library, "residual_stack", "CUDA")
@@ -140,6 +140,10 @@ def update_running(
             running_vars[i].mul_(1.0 - weight).add_(variances[i], alpha=weight)
 
 
+def _every(lists: Sequence[list[Tensor]]) -> list[Tensor]:
+    return [tensor for tensors in lists for tensor in tensors]
+
+
 def _are_fp32(*lists: list[Tensor]) -> bool:
     return all(t.dtype == torch.float32 and t.is_contiguous() for tensors in lists for t in tensors)
 
@@ -220,6 +224,8 @@ def residual_stack(
     parameters = [p for tensors in whole[:4] for p in tensors]
     keep = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     options = (layers, order, activation, float(negative_slope), float(eps), batch_stats[0], dtype, keep)
+    if name == "native" and not torch.compiler.is_compiling() and can_skip_dispatch([x, *_every(whole)]):
+        return train_op(x, *whole, *options[:5], momentum, *options[5:7])
     kernels = _OP
     update = bool(batch_stats[0] and whole[4])
     if name == "triton":

@@ -46,6 +46,13 @@ _BACKWARD_SCHEMA = (
 )
 
 library = torch.library.Library("rvae_fast", "FRAGMENT")
+# Forward with its own autograd node in C++, which updates the running statistics too: for eager calls on the CPU.
+library.define(
+    "residual_stack_train(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] norm_weights, Tensor[] norm_biases, "
+    "Tensor(a!)[] running_means, Tensor(b!)[] running_vars, int layers, str order, str activation, "
+    "float negative_slope, float eps, float[] momentum, bool batch_stats, ScalarType dtype) -> Tensor"
+)
+train_op = torch.ops.rvae_fast.residual_stack_train.default
 # Moves running averages towards a batch's statistics, as a forward op lays them out; fp32, contiguous, on the CPU.
 library.define(
     "update_running(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor statistics, float[] momentum) -> ()"

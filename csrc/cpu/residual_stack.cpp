@@ -4,9 +4,9 @@
 
 #include <string_view>
 #include <tuple>
+#include <utility>
 
-#include "cpu/stack_checks.h"
-#include "cpu/stack_pass.h"
+#include "cpu/residual_stack.h"
 
 namespace rvae::cpu::stack {
 
@@ -35,6 +35,8 @@ Shape make_shape(const at::Tensor& x, size_t layers, int64_t layers_per_unit, st
   return s;
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_stack(
     const at::Tensor& x, Tensors weights, Tensors biases, Tensors gammas, Tensors betas, Tensors running_means,
     Tensors running_vars, int64_t layers_per_unit, std::string_view order, std::string_view activation, double negative_slope,
@@ -55,11 +57,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_stack(
   return {result.out, result.inner, result.stream, result.statistics};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_stack_backward(
-    const at::Tensor& gradient, const at::Tensor& x, Tensors weights, Tensors gammas, Tensors betas, const at::Tensor& inner,
-    const at::Tensor& stream, const at::Tensor& statistics, int64_t layers_per_unit, std::string_view order,
-    std::string_view activation, double negative_slope, bool batch_statistics, at::ScalarType dtype, bool need_x,
-    const c10::List<bool>& need_weights, const c10::List<bool>& need_biases, const c10::List<bool>& need_norms) {
+Gradients residual_stack_gradients(const at::Tensor& gradient, const at::Tensor& x, Tensors weights, Tensors gammas, Tensors betas,
+                                   const at::Tensor& inner, const at::Tensor& stream, const at::Tensor& statistics,
+                                   int64_t layers_per_unit, std::string_view order, std::string_view activation,
+                                   double negative_slope, bool batch_statistics, at::ScalarType dtype, const Needs& needs) {
   const Shape shape = make_shape(x, weights.size(), layers_per_unit, order, activation, negative_slope, dtype);
   const std::vector<int64_t> column{shape.width}, square{shape.width, shape.width};
   check_list("weights", weights, weights.size(), square, false);
@@ -73,17 +74,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_
               "residual_stack_backward: the kept tensors are not those of a forward pass with keep=True");
   TORCH_CHECK_VALUE(gradient.sizes() == x.sizes(), "residual_stack_backward: the gradient must have shape ", x.sizes(), ", got ",
                     gradient.sizes());
-  TORCH_CHECK_VALUE(need_weights.size() == weights.size() && need_biases.size() == weights.size() &&
-                        need_norms.size() == weights.size(),
+  TORCH_CHECK_VALUE(needs.weights.size() == weights.size() && needs.biases.size() == weights.size() &&
+                        needs.norms.size() == weights.size(),
                     "residual_stack_backward: one flag a layer is expected");
   const Inputs inputs{x.contiguous(), contiguous(weights), {}, contiguous(gammas), contiguous(betas), {}, {}, 0.0,
                       batch_statistics};
   const ForwardResult forward_result{{}, inner, stream, statistics};
-  const Needs needs{need_x, flags(need_weights), flags(need_biases), flags(need_norms)};
-  Gradients g = backward(shape, inputs, forward_result, gradient.to(x.scalar_type()).contiguous(), needs);
-  const auto by_layer = [&shape](const at::Tensor& vectors) { return vectors.view({vectors.numel() / shape.width, shape.width}); };
-  return {g.x, g.weights.view({g.weights.numel() / (shape.width * shape.width), shape.width, shape.width}), by_layer(g.biases),
-          by_layer(g.gammas), by_layer(g.betas)};
+  return backward(shape, inputs, forward_result, gradient.to(x.scalar_type()).contiguous(), needs);
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_stack_backward(
+    const at::Tensor& gradient, const at::Tensor& x, Tensors weights, Tensors gammas, Tensors betas, const at::Tensor& inner,
+    const at::Tensor& stream, const at::Tensor& statistics, int64_t layers_per_unit, std::string_view order,
+    std::string_view activation, double negative_slope, bool batch_statistics, at::ScalarType dtype, bool need_x,
+    const c10::List<bool>& need_weights, const c10::List<bool>& need_biases, const c10::List<bool>& need_norms) {
+  const Gradients g = residual_stack_gradients(gradient, x, std::move(weights), std::move(gammas), std::move(betas), inner, stream,
+                                               statistics, layers_per_unit, order, activation, negative_slope, batch_statistics,
+                                               dtype, {need_x, flags(need_weights), flags(need_biases), flags(need_norms)});
+  const int64_t width = x.size(1);
+  const auto by_layer = [width](const at::Tensor& vectors) { return vectors.view({vectors.numel() / width, width}); };
+  return {g.x, g.weights.view({g.weights.numel() / (width * width), width, width}), by_layer(g.biases), by_layer(g.gammas),
+          by_layer(g.betas)};
 }
 
 }  // namespace
