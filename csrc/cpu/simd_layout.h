@@ -104,6 +104,30 @@ void interleave_rows(const uint16_t* source, int64_t pairs, int64_t columns, int
   }
 }
 
+// Rows of a weight as rows of its panels of 32 columns, `panel_words` words apart: fp32 as it is, bf16 in pairs of rows. A
+// row is read from end to end, for the panels' own order (128 bytes of each row) is what no prefetcher expects.
+void spread_rows(const float* source, int64_t rows, int64_t columns, int64_t ld_source, rvae::cpu::stack::Kind kind,
+                 uint32_t* packed, int64_t panel_words) {
+  typedef uint32_t vu_unaligned __attribute__((vector_size(RVAE_LANES * 4), aligned(4), may_alias));
+  constexpr int64_t kPanel = rvae::cpu::stack::kPanel;
+  const bool pairs = kind == rvae::cpu::stack::Kind::bf16;
+  for (int64_t r = 0; r < rows; r += pairs ? 2 : 1) {
+    const float* const row = source + r * ld_source;
+    uint32_t* const out = packed + (pairs ? r / 2 : r) * kPanel;
+    const auto place = [&](int64_t c) { return reinterpret_cast<vu_unaligned*>(out + c / kPanel * panel_words + c % kPanel); };
+    for_columns(columns, [&](int64_t c, auto lanes) {
+      const vf first = inside(load(row + c, lanes), lanes);
+      if (!pairs) {
+        *place(c) = (vu)first;
+        return;
+      }
+      const vf second = r + 1 < rows ? inside(load(row + ld_source + c, lanes), lanes) : vf{};
+      *place(c) = __builtin_convertvector(narrow(first), vu) | __builtin_convertvector(narrow(second), vu) << 16;
+    });
+    for (int64_t c = (columns + kLanes - 1) / kLanes * kLanes; c % kPanel != 0; c += kLanes) *place(c) = vu{};
+  }
+}
+
 void sum_buffers(const float* const* buffers, int64_t count, int64_t n, float* out) {
   for_columns(n, [&](int64_t c, auto lanes) {
     vf sum = load(buffers[0] + c, lanes);

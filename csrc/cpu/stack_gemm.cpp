@@ -80,18 +80,9 @@ void pack_forward(const float* weight, int64_t out, int64_t in, int64_t panel, K
   k.transpose_words(scratch, kPanel, ld_words, ld_words, packed, kPanel);
 }
 
-void pack_backward(const float* weight, int64_t out, int64_t in, int64_t panel, Kind kind, uint32_t* packed,
-                   uint32_t* scratch) {
-  const int64_t first = panel * kPanel;
-  const int64_t count = std::min(kPanel, in - first);
-  const Kernels& k = kernels();
-  if (kind == Kind::f32) {
-    k.load_operand(weight + first, out, count, in, {packed, kind}, kPanel);
-    return;
-  }
-  k.load_operand(weight + first, out, count, in, {scratch, kind}, kPanel);
-  if (out % 2 != 0) std::memset(reinterpret_cast<uint16_t*>(scratch) + out * kPanel, 0, kPanel * 2);
-  k.interleave_rows(reinterpret_cast<const uint16_t*>(scratch), (out + 1) / 2, kPanel, kPanel, packed, kPanel);
+void pack_backward(const float* weight, int64_t out, int64_t in, int64_t first, Kind kind, uint32_t* packed) {
+  const int64_t rows = std::min(kPackRows, out - first);
+  kernels().spread_rows(weight + first * in, rows, in, in, kind, packed + words(first, kind) * kPanel, panel_words(out, kind));
 }
 
 }  // namespace rvae::cpu::stack

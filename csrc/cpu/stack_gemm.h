@@ -39,8 +39,8 @@ inline int64_t panel_words(int64_t reduced, Kind kind) {
 // rows * weight^T: panel `panel` holds outputs 32 * panel ...; `scratch` has room for panel_words(in, kind).
 void pack_forward(const float* weight, int64_t out, int64_t in, int64_t panel, Kind kind, uint32_t* packed, uint32_t* scratch);
 
-// rows * weight: panel `panel` holds inputs 32 * panel ...; `scratch` has room for panel_words(out, kind).
-void pack_backward(const float* weight, int64_t out, int64_t in, int64_t panel, Kind kind, uint32_t* packed,
-                   uint32_t* scratch);
+// rows * weight: panel p holds inputs 32 * p ... of all outputs. Packs kPackRows outputs from `first` on into all panels.
+constexpr int64_t kPackRows = 32;
+void pack_backward(const float* weight, int64_t out, int64_t in, int64_t first, Kind kind, uint32_t* packed);
 
 }  // namespace rvae::cpu::stack

@@ -134,6 +134,9 @@ struct Kernels {
   void (*transpose_words)(const uint32_t* source, int64_t rows, int64_t columns, int64_t ld_source, uint32_t* words, int64_t ld);
   // words[p, c] = the pair (source[2p, c], source[2p + 1, c]) of bf16; columns must be a multiple of 32.
   void (*interleave_rows)(const uint16_t* source, int64_t pairs, int64_t columns, int64_t ld_source, uint32_t* words, int64_t ld);
+  // A weight's rows spread over panels of 32 columns, `panel_words` words apart; see simd_layout.h.
+  void (*spread_rows)(const float* source, int64_t rows, int64_t columns, int64_t ld_source, Kind kind, uint32_t* packed,
+                      int64_t panel_words);
   // out = the sum over `count` buffers, `n` values each.
   void (*sum_buffers)(const float* const* buffers, int64_t count, int64_t n, float* out);
   // Chan's rule over `tiles` of (count, mean, M2): means[t * stride + c], m2s[...]; results in double, n_columns each.

@@ -271,8 +271,8 @@ void load_strip(Rows source, int64_t rows, int64_t columns, int64_t width, float
 
 constexpr Kernels make_kernels(const char* isa) {
   return {isa,           prologue,     epilogue,        backward_prologue, backward_epilogue, load_strip,
-          load_operand,  transpose_words, interleave_rows, sum_buffers,     merge_moments,     sum_tiles,
-          score_step,    score_error,  score_product};
+          load_operand,  transpose_words, interleave_rows, spread_rows,     sum_buffers,       merge_moments,
+          sum_tiles,     score_step,      score_error,     score_product};
 }
 
 }  // namespace

@@ -34,16 +34,19 @@ Norm NormVectors::set(const float* statistics, int64_t width, int64_t padded_wid
   return {statistics + kMean * padded_width, rstd, scale_.data(), beta_.data()};
 }
 
-PackedWeights::PackedWeights(const std::vector<at::Tensor>& weights, const Shape& shape, bool forward)
-{
-  std::vector<std::pair<int64_t, int64_t>> panels;  // of which layer, which
+PackedWeights::PackedWeights(const std::vector<at::Tensor>& weights, const Shape& shape, bool forward) {
+  struct Piece {  // a panel, or for the backward rows that go to all panels
+    int64_t layer, index;
+  };
+  std::vector<Piece> pieces;
   int64_t total = 0;
   for (int64_t layer = 0; layer < shape.layers; ++layer) {
     const int64_t reduced = forward ? shape.in(layer) : shape.out(layer);
-    const int64_t count = Shape::panels(forward ? shape.out(layer) : shape.in(layer));
+    const int64_t panels = Shape::panels(forward ? shape.out(layer) : shape.in(layer));
     layers_.push_back({total, panel_words(reduced, shape.compute)});
-    total += count * layers_.back().panel_words;
-    for (int64_t panel = 0; panel < count; ++panel) panels.emplace_back(layer, panel);
+    total += panels * layers_.back().panel_words;
+    const int64_t count = forward ? panels : at::divup(shape.out(layer), kPackRows);
+    for (int64_t i = 0; i < count; ++i) pieces.push_back({layer, i});
   }
   memory_ = empty_large({total + kAlignment / 4}, at::TensorOptions().dtype(at::kInt));
   const auto address = reinterpret_cast<uintptr_t>(memory_.data_ptr());
@@ -51,13 +54,18 @@ PackedWeights::PackedWeights(const std::vector<at::Tensor>& weights, const Shape
   words_ = packed;
   const int64_t most = panel_words(shape.width, shape.compute);
   // Packing takes about a nanosecond for eight words, waking a thread some microseconds.
-  at::parallel_for(0, static_cast<int64_t>(panels.size()), at::divup(32768, most), [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> scratch(most);
+  at::parallel_for(0, static_cast<int64_t>(pieces.size()), at::divup(32768, most), [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> scratch(forward ? most : 0);
     for (int64_t i = begin; i < end; ++i) {
-      const auto [layer, panel] = panels[i];
-      const auto pack = forward ? pack_forward : pack_backward;
-      pack(weights[layer].const_data_ptr<float>(), shape.out(layer), shape.in(layer), panel, shape.compute,
-           packed + layers_[layer].begin + panel * layers_[layer].panel_words, scratch.data());
+      const auto [layer, index] = pieces[i];
+      const float* const weight = weights[layer].const_data_ptr<float>();
+      uint32_t* const own = packed + layers_[layer].begin;
+      if (forward) {
+        pack_forward(weight, shape.out(layer), shape.in(layer), index, shape.compute, own + index * layers_[layer].panel_words,
+                     scratch.data());
+      } else {
+        pack_backward(weight, shape.out(layer), shape.in(layer), index * kPackRows, shape.compute, own);
+      }
     }
   });
 }
