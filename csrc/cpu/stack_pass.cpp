@@ -1,23 +1,6 @@
 #include "cpu/stack_pass.h"
 
-#include <ATen/ops/empty.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace rvae::cpu::stack {
-
-at::Tensor empty_large(at::IntArrayRef sizes, at::TensorOptions options) {
-  at::Tensor tensor = at::empty(sizes, options);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = uintptr_t{1} << 21;
-  const auto begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + huge - 1) / huge * huge;
-  const auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / huge * huge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: refusal changes nothing
-#endif
-  return tensor;
-}
 
 void Scratch::allocate() {
   memory_ = empty_large({size_ + kAlignment}, at::TensorOptions().dtype(at::kByte));

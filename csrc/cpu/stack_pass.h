@@ -13,6 +13,7 @@
 
 #include "cpu/stack_gemm.h"
 #include "cpu/stack_kernels.h"
+#include "cpu/stack_memory.h"
 
 namespace rvae::cpu::stack {
 
@@ -100,10 +101,6 @@ inline int64_t padded_rows(int64_t rows) {
 }
 
 constexpr int64_t kAlignment = 64;
-
-// Uninitialised, and where it is large asked of the system in huge pages: what a stack keeps for its backward is hundreds
-// of megabytes that are new to the process in every step, and taking them page by page costs as much as a product.
-at::Tensor empty_large(at::IntArrayRef sizes, at::TensorOptions options);
 
 // One allocation cut into pieces: measure with `add`, then `allocate`, then `get`.
 class Scratch {
