@@ -45,8 +45,8 @@ at::Tensor run(const at::Tensor& x, Tensors weights, Tensors biases, Tensors gam
 variable_list differentiable(const AutogradContext& ctx, const at::Tensor& gradient, const at::Tensor& x,
                              const std::vector<Tensors>& lists, const std::vector<bool>& needs) {
   using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-      const at::Tensor&, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
-      c10::string_view, double, double, bool, at::ScalarType, bool);
+      const at::Tensor&, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, std::string_view, double, double, bool,
+      at::ScalarType, bool);
   static const auto forward =
       c10::Dispatcher::singleton().findSchemaOrThrow("rvae_fast::plain_stack", "").typed<Forward>();
   // Aliases: a parameter that is in the stack twice has a gradient at each place.

@@ -47,9 +47,8 @@ _BACKWARD_SCHEMA = (
 
 library = torch.library.Library("rvae_fast", "FRAGMENT")
 # Moves running averages towards a batch's statistics, as a forward op lays them out; fp32, contiguous, on the CPU.
-library.define(
-    "update_running(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor statistics, float[] momentum) -> ()"
-)
+library.define("update_running(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor statistics, float[] momentum) -> ()")
+torch.library.register_fake("rvae_fast::update_running", lambda *_: None, lib=library)
 _native.is_available()  # loads the native kernels
 
 
