@@ -271,7 +271,7 @@ class PlainStack(nn.Sequential):
     def as_one_op(self, rows: Tensor) -> PlainCall | None:
         """The layers as arguments of the op, if it covers them and such rows (whatever their width) as things are."""
         modules: list[Any] = list(self._modules.values())
-        if not _is_plain(modules):
+        if not isinstance(rows, Tensor) or not _is_plain(modules):
             return None
         linears, norms, activation = modules[0::3], modules[1::3], modules[2]
         batch_stats = [norm.training or norm.running_mean is None for norm in norms]

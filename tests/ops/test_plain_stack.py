@@ -236,6 +236,16 @@ class TestModule:
                 if a is not None and b is not None:
                     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
+    def test_subclasses_and_symbolic_tracing_see_pytorchs_ops(self) -> None:
+        class Own(Tensor):
+            pass
+
+        stack, x = make((20, 33, 8)).float().eval(), torch.randn(50, 20)
+        assert stack.as_one_op(x) is not None
+        assert stack.as_one_op(x.as_subclass(Own)) is None
+        torch.testing.assert_close(stack(x.as_subclass(Own)).as_subclass(Tensor), stack(x))
+        torch.testing.assert_close(torch.fx.symbolic_trace(stack)(x), stack(x))
+
     def test_wrong_width_is_pytorchs_error(self) -> None:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             make((20, 33, 8)).float()(torch.randn(5, 21))
