@@ -1,4 +1,4 @@
-"""Gradients of a plain model on the CPU by one native call, for training steps that would otherwise be mostly overhead."""
+"""Gradients of a plain model on the CPU by one native call, for steps that would be mostly overhead."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class DirectGradients:
 
     It can for an :class:`~rvae_fast.AE` or :class:`~rvae_fast.VAE` on the CPU whose stacks the native kernels cover, in
     training mode, with nothing frozen or shared, and without hooks on modules or parameters, each of which autograd
-    alone knows how to serve. That is looked at when :meth:`look` is called, once an epoch: nobody else has a say within.
+    alone knows how to serve. That is looked at when :meth:`look` is called, once an epoch: within one nobody else has a
+    say.
 
     Parameters
     ----------
@@ -53,7 +54,8 @@ class DirectGradients:
             for call in calls
             for argument in ([*chain(*call.lists)], [*map(len, call.lists)], [norm.momentum for norm in call.norms])
         )
-        self._counts = [norm.num_batches_tracked for call in calls for norm in call.norms if norm.track_running_stats]
+        counts = [norm.num_batches_tracked for call in calls for norm in call.norms if norm.track_running_stats]
+        self._counts = [count for count in counts if count is not None]
         self._behind = (
             *calls[0].options, calls[0].dtype, model.likelihood, model.is_variational, *model.logvar_range,
         )  # fmt: skip
@@ -88,7 +90,9 @@ class DirectGradients:
             return None
         if any(name in model.__dict__ for name in ("loss_terms", "_forward", "_encode")) or not model.training:
             return None
-        if x.dtype != torch.float32 or not can_skip_dispatch([x]) or _backend.current_backend() not in ("auto", "native"):
+        if x.dtype != torch.float32 or not can_skip_dispatch([x]):
+            return None
+        if _backend.current_backend() not in ("auto", "native"):
             return None
         first = encoder.as_one_op(x)
         second = None if first is None else decoder.as_one_op(x)

@@ -23,8 +23,8 @@ class Optimizer:
     scalar as they read it (there for loss scaling): that scalar is max(1, norm / max_grad_norm) here, so clipping costs
     no pass of its own. Their ``found_inf`` makes a step do nothing, decided on the device. And making a ``torch.optim``
     optimiser imports torch's compiler, some 800 modules, which takes seconds. On devices without these kernels, and for
-    RAdam, which has none, the step is ``torch.optim``'s functional one. fp32 parameters on the CPU, all with a gradient,
-    are stepped by the package's own kernel, which does the same for all tensors at once.
+    RAdam, which has none, the step is ``torch.optim``'s functional one. fp32 parameters on the CPU, if all have a
+    gradient, are stepped by the package's own kernel, which does the same for all tensors at once.
 
     Parameters
     ----------

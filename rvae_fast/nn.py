@@ -251,7 +251,7 @@ class ResidualStack(nn.Sequential):
 
 
 class PlainStack(nn.Sequential):
-    """Layers without skip connections: Linear -> BatchNorm -> activation, again and again, and a bare Linear at the end.
+    """Layers without skip connections: Linear -> BatchNorm -> activation, repeatedly, and a bare Linear at the end.
 
     It takes, names and holds modules as ``nn.Sequential`` does. Where they are ``nn.Linear``, ``nn.BatchNorm1d`` and
     :class:`~rvae_fast._activations.Activation` in this order, with one activation and one ``eps`` and without hooks,
@@ -270,8 +270,8 @@ class PlainStack(nn.Sequential):
 
     def as_one_op(self, rows: Tensor) -> PlainCall | None:
         """The layers as arguments of the op, if it covers them and such rows (whatever their width) as things are."""
-        modules = list(self._modules.values())
-        if not _is_plain(modules):
+        modules: list[Any] = list(self._modules.values())
+        if not isinstance(rows, Tensor) or not _is_plain(modules):
             return None
         linears, norms, activation = modules[0::3], modules[1::3], modules[2]
         batch_stats = [norm.training or norm.running_mean is None for norm in norms]

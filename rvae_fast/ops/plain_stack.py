@@ -42,8 +42,11 @@ def products_dtype(x: Tensor, lists: Lists, batch_stats: Sequence[bool]) -> torc
         return None
     if x.shape[0] <= int(batch_stats[0]) or (not batch_stats[0] and not lists[4]):
         return None  # an error, or nothing to do
-    if not torch.compiler.is_compiling() and transformed():
-        return None
+    if not torch.compiler.is_compiling():
+        every = [x, *(t for tensors in lists for t in tensors)]
+        # Subclasses (a distributed tensor) know PyTorch's ops; those of a dispatch mode (a fake tensor) know ours too.
+        if transformed() or (torch._C._len_torch_dispatch_stack() == 0 and not can_skip_dispatch(every)):
+            return None
     dtype = native_dtype(x, lists)
     return dtype if isinstance(dtype, torch.dtype) else None
 

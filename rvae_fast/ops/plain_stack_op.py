@@ -1,4 +1,4 @@
-"""``plain_stack``: Linear -> BatchNorm -> activation, layer after layer, the last layer bare; forward and backward, one op.
+"""``plain_stack``: Linear -> BatchNorm -> activation, layer after layer, the last bare; forward and backward, one op.
 
 With ``B`` rows, ``L`` layers of widths ``W[0]`` (of the input) to ``W[L]``, and ``Wp`` = the widest, rounded up to a
 multiple of 32:
@@ -114,8 +114,8 @@ train_op = torch.ops.rvae_fast.plain_stack_train.default
 
 # --- autograd ---
 #
-# Of the op itself: for graphs, for callers of torch.ops, and for gradients of gradients. Eager training differentiates in
-# C++, csrc/cpu/stack_autograd.cpp.
+# Of the op itself: for graphs, for callers of torch.ops, and for gradients of gradients. Eager training differentiates
+# in C++, csrc/cpu/stack_autograd.cpp.
 #
 # Parameters come as four lists in the order of the schema (weights, biases, norm_weights, norm_biases), whole or empty.
 
@@ -165,9 +165,7 @@ def _run_backward(
             split.append([None] * len(need))
             continue
         parts = grad.split_with_sizes([t.numel() for t in own])
-        split.append(
-            [part.view(t.shape) if wanted else None for wanted, part, t in zip(need, parts, own, strict=True)]
-        )
+        split.append([part.view(t.shape) if wanted else None for wanted, part, t in zip(need, parts, own, strict=True)])
     return (grad_x if need_x else None), split
 
 
@@ -182,9 +180,10 @@ def _differentiable_gradients(
         # Aliases: a parameter that is in the stack twice has a gradient at each place.
         x = x.view_as(x)
         taken = [[p.view_as(p) for p in tensors] for tensors in lists[:4]]
+        counts = (norms + 1, norms + 1, norms, norms, norms, norms)
+        every: Any = [tensors or [None] * n for tensors, n in zip((*taken, *lists[4:]), counts, strict=True)]
         out = reference.plain_stack(
-            x, *(tensors or [None] * n for tensors, n in zip(taken, (norms + 1, norms + 1, norms, norms), strict=True)),
-            *(tensors or [None] * norms for tensors in lists[4:]),
+            x, *every,
             activation=activation, negative_slope=slope, eps=ctx.eps,
             momentum=[0.0] * norms, batch_stats=[batch_stats] * norms,
         )  # fmt: skip

@@ -119,10 +119,11 @@ def update_running(
     running_means: list[Tensor], running_vars: list[Tensor], statistics: Tensor, momentum: Sequence[float]
 ) -> None:
     """``running = (1 - momentum) * running + momentum * batch``, layer by layer: shared norms see each in turn."""
-    if _HAS_KERNELS and statistics.device.type == "cpu" and not torch.compiler.is_compiling():
-        if can_skip_dispatch([*running_means, *running_vars]) and _are_fp32(running_means, running_vars):
-            torch.ops.rvae_fast.update_running.default(running_means, running_vars, statistics, momentum)
-            return
+    native = _HAS_KERNELS and statistics.device.type == "cpu" and not torch.compiler.is_compiling()
+    if native and _are_fp32(running_means, running_vars):
+        # Through the dispatcher, so that who records ops (a dispatch mode) has this one too, with the same bits.
+        torch.ops.rvae_fast.update_running.default(running_means, running_vars, statistics, momentum)
+        return
     with torch.no_grad():
         statistics = statistics.to(running_means[0].dtype)
         means, variances = (
@@ -145,7 +146,9 @@ def _every(lists: Sequence[list[Tensor]]) -> list[Tensor]:
 
 
 def _are_fp32(*lists: list[Tensor]) -> bool:
-    return all(t.dtype == torch.float32 and t.is_contiguous() for tensors in lists for t in tensors)
+    """Whether the native kernel takes them: fp32, contiguous, and no subclass of a tensor."""
+    every = [t for tensors in lists for t in tensors]
+    return _PLAIN.issuperset(map(type, every)) and all(t.dtype == torch.float32 and t.is_contiguous() for t in every)
 
 
 # --- the function ---

@@ -54,9 +54,8 @@ library.define(
 )
 train_op = torch.ops.rvae_fast.residual_stack_train.default
 # Moves running averages towards a batch's statistics, as a forward op lays them out; fp32, contiguous, on the CPU.
-library.define(
-    "update_running(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor statistics, float[] momentum) -> ()"
-)
+library.define("update_running(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor statistics, float[] momentum) -> ()")
+torch.library.register_fake("rvae_fast::update_running", lambda *_: None, lib=library)
 _native.is_available()  # loads the native kernels
 
 
