@@ -209,7 +209,7 @@ def residual_stack(
     keep = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
     options = (layers, order, activation, float(negative_slope), float(eps), batch_stats[0], dtype, keep)
     kernels = _OP
-    update = bool(batch_stats[0] and whole[4])
+    update = batch_stats[0] and len(whole[4]) > 0  # torch 2.11's Dynamo cannot take the truth of a list
     if name == "triton":
         kernels = _TRITON_OPS[x.device.type]
         x = x.contiguous()
