@@ -1,8 +1,8 @@
 """Build of the native module `rvae_fast._C`: find what is needed, run CMake, record the outcome.
 
 `setup.py` calls `build`. Whatever happens, a small JSON record (`_C_build.INTERPRETER.json`) is left where the module
-goes: what it was built for, or why it was not built. The loader (`rvae_fast/_native.py`) reads it, so that the reason survives an
-installer that hides the output of builds.
+goes: what it was built for, or why it was not built. The loader (`rvae_fast/_native.py`) reads it, so that the reason
+survives an installer that hides the output of builds.
 
 Environment variables:
 
