@@ -139,7 +139,7 @@ dist: $(STAMP)/install $(STAMP)/extra-dev
 	$(PY) -m build --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info rvae_fast/_C*.so rvae_fast/_C_build.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info rvae_fast/_C*.so rvae_fast/_C_build*.json .pytest_cache .mypy_cache .ruff_cache
 
 distclean: clean
 	rm -rf $(VENV)

@@ -1,6 +1,7 @@
 """One training step of a whole model: loss, backward, and the fused Adam; native, eager and (in full) compiled.
 
-bf16 is autocast with fp32 parameters. The floor is the network's matrix products by ``torch.mm``, three a layer.
+bf16 is autocast with fp32 parameters; ``torch.compile``'s max-autotune takes part with ``--max-autotune``. The floor is
+the network's matrix products by ``torch.mm``, three a layer.
 """
 
 from __future__ import annotations
@@ -29,10 +30,18 @@ def step(net: nn.Module, loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("workload", ["article", "table", "deep", "wide"])
-def test_train_step(workload: str, bf16: bool, compare: Callable[..., Any], device: torch.device, full: bool) -> None:
+def test_train_step(
+    workload: str,
+    bf16: bool,
+    compare: Callable[..., Any],
+    device: torch.device,
+    full: bool,
+    deep: bool,
+    autotune: bool,
+) -> None:
     if device.type != "cpu":
         pytest.skip("this suite measures the CPU")
-    net = model(workload, full)
+    net = model(workload, deep)
     layers = sum(isinstance(m, nn.Linear) for m in net.modules())
     native, eager = copy.deepcopy(net), copy.deepcopy(net)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -44,9 +53,11 @@ def test_train_step(workload: str, bf16: bool, compare: Callable[..., Any], devi
     if bf16:
         plain = copy.deepcopy(net)
         variants.append(harness.Variant("eager fp32", on("reference", step(plain, plain.loss))))
-    if full:
+    for mode in (["default"] if full else []) + (["max-autotune-no-cudagraphs"] if autotune else []):
         twin = copy.deepcopy(net)
-        compiled = torch.compile(twin.loss, fullgraph=True, dynamic=False)
-        variants.append(harness.Variant("compile", on("reference", step(twin, compiled), bf16)))
+        compiled = torch.compile(twin.loss, fullgraph=True, dynamic=False, mode=mode)
+        name = f"compile {mode.removesuffix('-no-cudagraphs')}"
+        variants.append(harness.Variant(name, on("reference", step(twin, compiled), bf16)))
     case = {"workload": workload, "layers": layers, "batch": BATCH[workload], "dtype": "bf16" if bf16 else "fp32"}
-    compare(case, variants, rows(workload, device), rounds=20 if full else 5)
+    quick = workload == "article" or not deep
+    compare(case, variants, rows(workload, device), rounds=(20 if quick else 5) if full else 5)

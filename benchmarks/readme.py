@@ -79,6 +79,21 @@ def score_tables() -> list[str]:
     return lines
 
 
+def training_table() -> list[str]:
+    """Ours in each dtype beside eager, torch.compile and the products of that dtype, layers as run."""
+    found = sorted(load("train"), key=lambda c: (by_workload(c), c["case"]["dtype"] == "bf16"))
+    rows = []
+    for c in found:
+        case, times = c["case"], medians(c)
+        name = f"{case['workload']}, {case['layers']} layers, {case['batch']} rows, {case['dtype']}"
+        cells = [times["rvae_fast"], times["eager"], quickest(times, "compile"), times["products"]]
+        rows.append([name, *map(number, cells)])
+    if not rows:
+        return []
+    header = ["ms", "rvae_fast", "eager", "best torch.compile", "products alone"]
+    return ["", f"One training step ({where(found[-1])}):", "", *markdown(header, rows)]
+
+
 def detector_table() -> list[str]:
     found = load("detector")
     if not found:
@@ -148,7 +163,7 @@ def main() -> None:
         raise SystemExit(f"README.md has no place for the table: {BEGIN} ... {END}")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    lines = [*score_tables(), *detector_table(), *memory_table()]
+    lines = [*score_tables(), *training_table(), *detector_table(), *memory_table()]
     readme.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after)
     draw()
 

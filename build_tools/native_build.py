@@ -1,8 +1,8 @@
 """Build of the native module `rvae_fast._C`: find what is needed, run CMake, record the outcome.
 
-`setup.py` calls `build`. Whatever happens, a small JSON record (`_C_build.json`) is left where the module goes: what it
-was built for, or why it was not built. The loader (`rvae_fast/_native.py`) reads it, so that the reason survives an
-installer that hides the output of builds.
+`setup.py` calls `build`. Whatever happens, a small JSON record (`_C_build.INTERPRETER.json`) is left where the module
+goes: what it was built for, or why it was not built. The loader (`rvae_fast/_native.py`) reads it, so that the reason
+survives an installer that hides the output of builds.
 
 Environment variables:
 
@@ -47,7 +47,8 @@ from toolchain import (
     python_package_tool,
 )
 
-RECORD_NAME = "_C_build.json"
+#: The loader looks for it by the same name. One for each interpreter: a source tree can be installed into several.
+RECORD_NAME = f"_C_build.{sys.implementation.cache_tag}.json"
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,9 +1,9 @@
 """Loading of the native module `rvae_fast._C`, which may be absent, broken or built for another torch.
 
-The build leaves a record (`_C_build.json`) beside the module: what it was built for, or why it was not built. It is
-compared with the running torch *before* the module is loaded, because a module of another torch can crash on loading,
-or worse, later. Nothing is hidden: `why_not` says in words why there is no native module, a module that exists and
-cannot be used gives one warning, and `require` raises an error with built-for beside you-have.
+The build leaves a record (`_C_build.INTERPRETER.json`) beside the module: what it was built for, or why it was not
+built. It is compared with the running torch *before* the module is loaded, because a module of another torch can crash
+on loading, or worse, later. Nothing is hidden: `why_not` says in words why there is no native module, a module that
+exists and cannot be used gives one warning, and `require` raises an error with built-for beside you-have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
-_RECORD = "_C_build.json"
+#: One for each interpreter, as modules are: an editable install may serve several.
+_RECORD = f"_C_build.{sys.implementation.cache_tag}.json"
 _REBUILD = (
     "reinstall rvae-fast in this environment to rebuild it (pip install --force-reinstall --no-deps, or `make native` "
     "in a clone)"

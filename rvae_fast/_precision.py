@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-#: Capabilities of ``torch.cpu.get_capabilities()`` that mean bf16 products in hardware: x86 and Arm.
+#: Names in `_cpu_capabilities` that mean bf16 products in hardware: x86 and Arm.
 _CPU_BF16 = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
@@ -58,15 +60,28 @@ def resolve_device(device: str | torch.device, model: nn.Module | None = None) -
     return found
 
 
+def _cpu_capabilities() -> Mapping[str, Any]:
+    """Instruction sets of this CPU, by torch's names."""
+    collect = getattr(torch.cpu, "get_capabilities", None)
+    if collect is not None:
+        return collect()
+    # The oldest torch, 2.9, answers for x86 only, one by one. AMX's tiles come with bf16 products in every CPU.
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }
+
+
 def has_native_bf16(device: torch.device) -> bool:
     """Whether ``device`` multiplies bf16 in hardware.
 
-    CUDA: compute capability 8.0 and up. CPU: AMX, AVX512_BF16, or Arm's BF16 extension. Elsewhere: no.
+    CUDA: compute capability 8.0 and up. CPU: AMX, AVX512_BF16, or Arm's BF16 extension (torch 2.9 cannot tell the last:
+    no). Elsewhere: no.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = _cpu_capabilities()
         return any(capabilities.get(name, False) for name in _CPU_BF16)
     return False
 

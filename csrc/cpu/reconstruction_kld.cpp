@@ -23,6 +23,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Rows are shared out in chunks of about this many elements: large enough to pay for waking a thread.
 constexpr int64_t kElementsPerTask = 32768;
+// The forward takes the error and the KL divergence of this many rows in turn: while one computes exponentials, the other's
+// reads are under way.
+constexpr int64_t kRowsTogether = 4;
 // The gradient of the weights is summed in this many chunks of rows at most, whatever the number of threads, so that its
 // bits do not depend on that number.
 constexpr int64_t kWeightChunks = 64;
@@ -190,8 +193,12 @@ std::tuple<Tensor, Tensor> forward(
     kld_fn = set.kld_forward(dtype_of(in.mu));
   }
   at::parallel_for(0, in.batch, rows_per_task(in.features), [&](int64_t begin, int64_t end) {
-    error_fn(error_args, begin, end);
-    if (kld_fn != nullptr) kld_fn(kld_args, begin, end);
+    if (kld_fn == nullptr) return error_fn(error_args, begin, end);
+    for (int64_t b = begin; b < end; b += kRowsTogether) {
+      const int64_t stop = std::min(end, b + kRowsTogether);
+      error_fn(error_args, b, stop);
+      kld_fn(kld_args, b, stop);
+    }
   });
   return {error, kld};
 }

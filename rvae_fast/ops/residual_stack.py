@@ -230,7 +230,7 @@ def residual_stack(
     if name == "native" and not torch.compiler.is_compiling() and can_skip_dispatch([x, *_every(whole)]):
         return train_op(x, *whole, *options[:5], momentum, *options[5:7])
     kernels = _OP
-    update = bool(batch_stats[0] and whole[4])
+    update = batch_stats[0] and len(whole[4]) > 0  # torch 2.11's Dynamo cannot take the truth of a list
     if name == "triton":
         kernels = _TRITON_OPS[x.device.type]
         x = x.contiguous()

@@ -46,7 +46,8 @@ def test_a_missing_extra_names_its_remedy_and_a_missing_requirement_is_a_problem
 
 
 def test_a_native_module_that_exists_and_cannot_be_used_is_a_problem(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "_C_build.json").write_text(json.dumps({"built": False, "failed": True, "reason": "error: no member"}))
+    facts = {"built": False, "failed": True, "reason": "error: no member"}
+    (tmp_path / _native._RECORD).write_text(json.dumps(facts))
     monkeypatch.setenv("RVAE_FAST_NATIVE_DIR", str(tmp_path))
     monkeypatch.setattr(_native, "_state", _native._state.__wrapped__)
     with pytest.warns(RuntimeWarning):

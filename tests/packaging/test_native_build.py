@@ -36,7 +36,7 @@ def script(path: Path, body: str) -> Path:
 
 
 def built(folder: Path) -> dict:
-    return json.loads((folder / "_C_build.json").read_text())
+    return json.loads((folder / native_build.RECORD_NAME).read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------- finding

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import sysconfig
 import warnings
 from pathlib import Path
 from typing import Any
 
+import native_build
 import pytest
 
 from rvae_fast import _native
@@ -26,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def record(folder: Path, **changes: Any) -> None:
     facts = {"built": True, "cuda": "", **_native.running_facts(), **changes}
-    (folder / "_C_build.json").write_text(json.dumps(facts))
+    (folder / _native._RECORD).write_text(json.dumps(facts))
 
 
 def test_a_source_tree_without_a_build_is_no_cause_for_a_warning(folder: Path):
@@ -115,7 +117,7 @@ def test_a_module_without_a_record_is_not_trusted(folder: Path):
 
 def test_a_damaged_record_is_as_none(folder: Path):
     (folder / MODULE).write_bytes(b"")
-    (folder / "_C_build.json").write_text("{")
+    (folder / _native._RECORD).write_text("{")
     with pytest.warns(RuntimeWarning, match="no record"):
         _native.why_not()
 
@@ -124,6 +126,16 @@ def test_a_module_of_another_interpreter_is_named(folder: Path):
     (folder / "_C.cpython-38-x86_64-linux-gnu.so").write_bytes(b"")
     with pytest.warns(RuntimeWarning, match="cpython-38"):
         assert "another interpreter" in _native.why_not()
+
+
+def test_an_installation_into_another_interpreter_leaves_this_one_s_record(folder: Path):
+    """One source tree, installed into two Pythons: neither may make the other's module unusable."""
+    assert sys.implementation.cache_tag in _native._RECORD
+    assert native_build.RECORD_NAME == _native._RECORD
+    record(folder)
+    other = _native._RECORD.replace(sys.implementation.cache_tag, "cpython-38")
+    (folder / other).write_text(json.dumps({"built": True, "cuda": "", "python": "CPython 3.8.1"}))
+    assert _native._mismatch(_native.build_record(), _native.running_facts()) == []
 
 
 def test_the_warning_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
