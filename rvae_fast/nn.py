@@ -329,8 +329,20 @@ class Transition(nn.Linear):
     ``nn.Linear`` in every way, its start included: weights of variance 1 / (3 in_features) shrink a row by 1.7 at each
     transition, so that a network of zero-initialised units begins by reconstructing little. Starting at the row's own
     scale (variance 1 / in_features) gave a first-epoch loss three times as high on MNIST and a lower AUROC.
+
+    Under CPU autocast to bf16 it runs on the native kernels, as a plain stack of one layer: a twentieth to a third
+    faster than PyTorch's, which casts weights and gradients in passes of their own. In fp32 it gains nothing.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         check_rows("input", input, self.in_features)
+        if not torch.compiler.is_compiling() and torch.is_autocast_enabled("cpu"):
+            lists: Lists = ([self.weight], [] if self.bias is None else [self.bias], [], [], [], [])
+            if products_dtype(input, lists, (True,)) == torch.bfloat16:
+                return plain_stack(
+                    input, lists, _BARE, momentum=(), batch_stats=True, dtype=torch.bfloat16
+                )  # no norm, no activation
         return super().forward(input)
+
+
+_BARE = Options("identity", 0.0, 1e-5)

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rvae_fast import _backend
 from rvae_fast._activations import ACTIVATIONS
 from rvae_fast.nn import ResidualBlock, ResidualStack, Transition
+from rvae_fast.ops.residual_stack import HAS_BF16_PRODUCTS
 
 MODULES = {
     "identity": nn.Identity(),
@@ -260,6 +262,35 @@ def test_transition_is_a_linear_layer_that_names_a_bad_input():
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     with pytest.raises(ValueError, match=r"input must have shape \[batch, 6\], got \[3, 5\]"):
         layer(torch.randn(3, 5))
+
+
+@pytest.mark.skipif(not HAS_BF16_PRODUCTS, reason="this CPU has no bf16 products")
+@pytest.mark.parametrize(
+    ("widths", "rows"), [((31, 65), 37), ((257, 100), 1000), ((100, 257), 2), ((1, 3), 5), ((5, 1), 33)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_transition_in_bf16_is_as_exact_as_pytorch(widths: tuple[int, int], rows: int, bias: bool):
+    torch.manual_seed(0)
+    layer = Transition(*widths, bias=bias)
+    x = torch.randn(rows, widths[0]).bfloat16().float().requires_grad_()
+    gradient = torch.randn(rows, widths[1]).bfloat16()
+
+    def run(backend: str):
+        with _backend.backend(backend), torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        assert out.dtype == torch.bfloat16
+        return out, *torch.autograd.grad(out, (x, *layer.parameters()), gradient)
+
+    weight, rows64, grad64 = layer.weight.detach().double(), x.detach().double(), gradient.double()
+    exact = [rows64 @ weight.T, grad64 @ weight, grad64.T @ rows64]
+    if bias:
+        exact[0] = exact[0] + layer.bias.detach().double()
+        exact.append(grad64.sum(0))
+    ours, theirs = run("native"), run("reference")
+    assert "Stack" in ours[0].grad_fn.name()  # one node of our own, not PyTorch's addmm
+    for right, a, b in zip(exact, ours, theirs, strict=True):
+        error = [(t.double() - right).square().mean().sqrt() for t in (a, b)]
+        assert error[0] <= 2 * error[1] + 1e-6 * right.square().mean().sqrt()
 
 
 def test_stack_of_none_is_the_identity():
