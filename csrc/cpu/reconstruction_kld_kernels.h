@@ -19,13 +19,12 @@ S at(const Column& column, int64_t index) {
 
 // The hardware's own prefetchers stop at the end of a page; touching a line this far ahead every few lines wakes them there
 // in time, and keeps the forward's reads going. Asking for every line costs 10 % where the inputs are in the last-level cache
-// already, as does asking into the first-level cache. (The backward, which writes as much as half of what it reads, gained
-// nothing from it.)
-constexpr int64_t kPrefetchBytes = 8192;
-
+// already, as does asking into the first-level cache; as far ahead for 16-bit inputs as for fp32 costs them 30 % from memory.
+// (The backward, which writes as much as half of what it reads, gained nothing from it.)
 template <class T>
 void prefetch(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, 0, 2);
+  constexpr int64_t bytes = sizeof(T) == 2 ? 2048 : 8192;
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 2);
 }
 
 // --- the error of one feature, and its slopes ---
