@@ -4,6 +4,8 @@
     The article's score, and that plus the KL divergence.
 ``sap``, ``nap``, or either with a place, such as ``nap/units``
     RaPP's, see :mod:`rvae_fast.rapp`; without a place the default one. ``nap-`` and ``sap-`` leave out the input.
+``local``
+    The error beside those of rows with a similar code, and NAP in the deeper units, see :mod:`rvae_fast.local`.
 ``pixel``
     Per-pixel likelihood: squared errors divided by each pixel's mean squared error on the validation rows.
 ``samples``
@@ -22,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rvae_fast.local import fit_local, local_scores
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.pathway import PATHWAYS, reconstruct
 from rvae_fast.rapp import fit_nap, nap_scores, sap_scores
@@ -37,7 +40,7 @@ def check_score(name: str) -> None:
     """Raise a ValueError that names an unknown score."""
     kind, _, place = name.partition("/")
     known = kind in ("sap", "nap", "sap-", "nap-") and (not place or place in PATHWAYS)
-    if not known and name not in ("reconstruction", "elbo", "pixel", "samples", "rank"):
+    if not known and name not in ("reconstruction", "elbo", "local", "pixel", "samples", "rank"):
         raise ValueError(f"unknown score {name!r}")
 
 
@@ -66,6 +69,9 @@ def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation:
         elif kind in ("nap", "nap-"):
             nap = fit_nap(model, train, **where)
             found[name] = (nap_scores(model, nap, validation, **where), nap_scores(model, nap, test, **where))
+        elif kind == "local":
+            local = fit_local(model, train)
+            found[name] = (local_scores(model, local, validation), local_scores(model, local, test))
         elif kind == "pixel":
             found[name] = _pixel(model, validation, test)
         elif kind == "samples":
