@@ -163,7 +163,7 @@ def fit_local(
     rows = _sample(x, reference)
     if len(rows) < 3:
         raise ValueError(f"x must have at least 3 rows to compare with each other, got {len(rows)}")
-    options = {"device": device, "precision": precision}
+    options: dict[str, Any] = {"device": device, "precision": precision}
     with in_eval(model):
         seen = map_rows(model, rows, _observer(model, options), batch_size=TILE, row_tile=TILE, **options)
     if not np.isfinite(seen).all():

@@ -153,6 +153,7 @@ def _write(
         notes = [*notes, f"{len(cells) - len(rows)} of {len(cells)} cells are not run yet."]
     if settings.variant:
         notes = [*notes, f"Variant {settings.variant}: {VARIANTS[settings.variant][0]}."]
+    folder.mkdir(parents=True, exist_ok=True)  # the results file may be elsewhere
     found = chosen.findings(rows, settings, folder)
     for i, (heading, table) in enumerate(found.tables.items()):
         stem = "summary" if i == 0 else f"summary-{heading.lower().replace(' ', '-')}"
