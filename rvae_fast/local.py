@@ -47,6 +47,9 @@ RIDGE = 1.0
 #: A value below this share of its mean over the reference rows counts as that: a logarithm needs a floor.
 FLOOR = 1e-12
 
+#: A part of the score whose logarithms spread less than this over the reference rows differs by fp32's rounding alone.
+ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Local:
@@ -188,7 +191,7 @@ def fit_local(
     distance.fill_diagonal_(torch.inf)  # a row is no neighbour of its own
     logs[:, 0] -= log_errors[distance.topk(k, largest=False).indices.numpy()].mean(axis=1)
     center, scale = logs.mean(axis=0), logs.std(axis=0)
-    if not (scale > 0.0).all():
+    if not (scale > ROUNDING).all():
         raise ValueError("the reference rows do not differ in their errors or inside the network: no unit to score in")
     return Local(codes, log_errors, tuple(naps), center, scale, floors, k)
 
