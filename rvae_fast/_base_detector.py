@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 from rvae_fast import _detector_options as options
 from rvae_fast._precision import resolve_device
 from rvae_fast._validation import check_choice, check_finite, check_table, check_unit_range, name_columns
+from rvae_fast.local import fit_local, local_parts
 from rvae_fast.models import Autoencoder
 from rvae_fast.preprocessing import chunks, fit_scaler, scaled_table
 from rvae_fast.rapp import fit_nap, nap_parts, sap_parts
@@ -72,7 +73,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         rvae_fast.training.NonFiniteError
             When the loss or a gradient becomes NaN or infinite.
         """
-        for name in ("offset_", "nap_"):  # not fitted until the end, whatever was fitted before
+        for name in ("offset_", "nap_", "local_"):  # not fitted until the end, whatever was fitted before
             self.__dict__.pop(name, None)
         options.check(self)
         # One draw from a RandomState or from NumPy's global one; the same int gives the same detector.
@@ -103,6 +104,8 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
                 self.nap_ = fit_nap(
                     model, rows, tolerance=self.nap_tolerance, ridge=self.nap_ridge, **self._pathway_options()
                 )
+            if self.anomaly_score == "local":
+                self.local_ = fit_local(model, rows, **self._network_options())
             scores = -np.concatenate(list(self._scores(rows)))
         if not np.isfinite(scores).all():
             raise ValueError(
@@ -231,6 +234,10 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
             if not hasattr(self, "nap_"):
                 raise NotFittedError("anomaly_score='nap' was set after fit, which then learnt no whitening: fit again")
             return nap_parts(self.model_, self.nap_, rows, **self._pathway_options())
+        if self.anomaly_score == "local":
+            if not hasattr(self, "local_"):
+                raise NotFittedError("anomaly_score='local' was set after fit, which then kept no rows: fit again")
+            return local_parts(self.model_, self.local_, rows, **self._network_options())
         weight = getattr(self, "kld_weight", 0.0) if self.anomaly_score == "elbo" else 0.0
         return score_parts(self.model_, rows, kld_weight=weight, **self._network_options())
 

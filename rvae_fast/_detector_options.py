@@ -14,7 +14,7 @@ from rvae_fast.pathway import PATHWAYS
 from rvae_fast.preprocessing import MISSING, SCALERS
 from rvae_fast.rapp import check_share
 
-ANOMALY_SCORES = ("reconstruction", "elbo", "sap", "nap")
+ANOMALY_SCORES = ("reconstruction", "elbo", "sap", "nap", "local")
 
 #: Optimiser steps after which a table of some thousand rows is learnt well enough.
 STEPS = 1000

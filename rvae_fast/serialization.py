@@ -176,6 +176,8 @@ def _describe_detector(detector: BaseDetector) -> tuple[dict[str, Any], dict[str
     if hasattr(detector, "nap_"):
         tensors["nap.mean"] = torch.from_numpy(detector.nap_.mean)
         tensors["nap.whitening"] = torch.from_numpy(detector.nap_.whitening)
+    if hasattr(detector, "local_"):
+        tensors |= {f"local.{key}": torch.from_numpy(value) for key, value in detector.local_.arrays().items()}
     return {
         "kind": "detector",
         "class": name,
@@ -214,6 +216,8 @@ def _restore_detector(
     detector.scaler_ = Scaler(document["scaler"], **parts)
     if detector.anomaly_score == "nap" or "nap.mean" in tensors:
         detector.nap_ = _restore_nap(path, tensors)
+    if detector.anomaly_score == "local" or "local.codes" in tensors:
+        detector.local_ = _restore_local(path, tensors)
     detector.history_ = History.from_dict({**document["history"], "steps": tensors["history.steps"].numpy()})
     detector.n_iter_ = len(detector.history_.epochs)
     detector.offset_ = float(document["offset"])
@@ -232,6 +236,16 @@ def _restore_nap(path: Path, tensors: dict[str, Tensor]) -> Any:
     if mean.ndim != 1 or whitening.ndim != 2 or len(whitening) != len(mean):
         raise FileFormatError(f"{path}: nap.mean {list(mean.shape)} and nap.whitening {list(whitening.shape)} disagree")
     return NAP(mean, whitening)
+
+
+def _restore_local(path: Path, tensors: dict[str, Tensor]) -> Any:
+    from rvae_fast.local import Local
+
+    arrays = {key.removeprefix("local."): t.numpy() for key, t in tensors.items() if key.startswith("local.")}
+    try:
+        return Local.from_arrays(arrays)
+    except ValueError as error:
+        raise FileFormatError(f"{path}: {error}") from error
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ _ABOUT = {
     "explosion": "gradient norm and loss by step, and what tames them",
     "novelty": "RVAE against VAE, digit by digit",
     "deep": "80 layers, RVAE against VAE",
-    "rapp": "reconstruction error, SAP and NAP",
+    "rapp": "reconstruction error, SAP, NAP and local score",
 }
 
 
@@ -31,6 +31,13 @@ def reproduce(
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many [default: by the experiment].")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Directory; continued if it holds results [reproduce-NAME].")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--results", help="Results file, if not that of --out; novelty and rapp can share one."),
+    ] = None,
+    models: Annotated[
+        Path | None, typer.Option("--models", help="Directory of trained models: kept there, and not trained again.")
     ] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Processes of one thread each [default: one a core].")
@@ -58,6 +65,7 @@ def reproduce(
     - `rvae-fast reproduce novelty --quick`
     - `rvae-fast reproduce novelty --seeds 5 --out runs/novelty --jobs 2`
     - `rvae-fast reproduce rapp --data fashion_mnist --seeds 1`
+    - `rvae-fast reproduce rapp --results runs/novelty/results.csv`: what `novelty` has run there is not run again
     """
     from rvae_fast import experiments
     from rvae_fast.experiments.experiment import VARIANTS
@@ -69,6 +77,10 @@ def reproduce(
     folder = Path(f"reproduce-{name}") if out is None else out
     if folder.exists() and not folder.is_dir():
         usage_error(f"{folder} is a file", "--out")
+    if results is not None and results.is_dir():
+        usage_error(f"{results} is a directory", "--results")
+    if models is not None and models.exists() and not models.is_dir():
+        usage_error(f"{models} is a file", "--models")
     words = ["rvae-fast", "reproduce", name, *(["--quick"] if quick else [])]
     for flag, value in (("--seeds", seeds), ("--data", data), ("--epochs", epochs), ("--variant", variant or None)):
         words += [] if value is None else [flag, str(value)]
@@ -78,6 +90,8 @@ def reproduce(
         seeds=seeds,
         data=None if data is None else [part.strip() for part in data.split(",") if part.strip()],
         out=folder,
+        results=results,
+        models=models,
         jobs=jobs,
         epochs=epochs,
         variant=variant,

@@ -81,14 +81,13 @@ class Cell:
     @property
     def recipe(self) -> str:
         """Everything about the cell that its name does not say, as JSON: equal recipes give equal results."""
-        return json.dumps(
-            {
-                "network": self.network,
-                "training": self.training,
-                "scores": self.scores,
-                "rows": self.rows,
-                "noise": self.noise,
-                "members": self.members,
-            },
-            sort_keys=True,
-        )
+        return json.dumps({**self._trained_by, "scores": self.scores, "members": self.members}, sort_keys=True)
+
+    @property
+    def training_recipe(self) -> str:
+        """What of the recipe a trained model depends on, as JSON: not the scores that are taken of it."""
+        return json.dumps(self._trained_by, sort_keys=True)
+
+    @property
+    def _trained_by(self) -> dict[str, Any]:
+        return {"network": self.network, "training": self.training, "rows": self.rows, "noise": self.noise}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from rvae_fast.experiments.experiment import EMBEDDED, VARIANTS, Experiment, Set
 from rvae_fast.experiments.page import write_page
 from rvae_fast.experiments.store import Results
 from rvae_fast.experiments.tables import to_csv
-from rvae_fast.experiments.work import metric_names
+from rvae_fast.experiments.work import metric_names, run_cell
 from rvae_fast.report.page import require_packages
 
 QUICK_SEEDS = 2
@@ -26,6 +27,8 @@ def reproduce(
     seeds: int | None = None,
     data: Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
+    results: str | os.PathLike[str] | None = None,
+    models: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
     epochs: int | None = None,
     variant: str = "",
@@ -50,6 +53,12 @@ def reproduce(
     out : path, optional
         Folder of ``results.csv``, ``summary.csv``, ``index.html`` and the pictures; ``reproduce-<name>`` unless given.
         A results file that is there is continued.
+    results : path, optional
+        The results file, where it is not ``out``'s own. Experiments with the same scores may share one: ``novelty`` and
+        ``rapp`` have cells in common, and a cell that one of them has finished the other does not run again.
+    models : path, optional
+        A folder of trained models: a cell whose model is there is scored without training, any other is kept there when
+        it is trained (10 to 14 MB for ten layers on images).
     jobs : int, optional
         Processes, each of one thread; as many as there are cores unless given (one where a GPU does the work).
     epochs : int, optional
@@ -92,17 +101,18 @@ def reproduce(
     settings = Settings(data=names, seeds=count, quick=quick, epochs=epochs, variant=variant)
     cells = chosen.grid(settings)
     folder = Path(f"reproduce-{name}" if out is None else out)
-    results = Results(folder / "results.csv", metric_names(chosen.scores))
+    table = Results(folder / "results.csv" if results is None else results, metric_names(chosen.scores))
     processes = runner.default_jobs() if jobs is None else jobs
     if quick:
         notes.insert(0, "A quick run: few epochs on a part of the rows. It shows the machinery and proves nothing.")
     for note in notes:
         say(note)
     if run:
-        missing = results.missing(cells)
-        say(runner.listing(cells, results, runner.estimate(missing, processes), processes))
-        runner.run(cells, results, jobs=processes, say=say, progress=progress)
-    return _write(chosen, settings, cells, results, folder, notes, command, processes)
+        missing = table.missing(cells)
+        say(runner.listing(cells, table, runner.estimate(missing, processes), processes))
+        work = functools.partial(run_cell, models=None if models is None else os.fspath(models))
+        runner.run(cells, table, folder=folder, jobs=processes, say=say, progress=progress, work=work)
+    return _write(chosen, settings, cells, table, folder, notes, command, processes)
 
 
 def _data(chosen: Experiment, given: Sequence[str] | None, quick: bool, notes: list[str]) -> tuple[str, ...]:
@@ -143,6 +153,7 @@ def _write(
         notes = [*notes, f"{len(cells) - len(rows)} of {len(cells)} cells are not run yet."]
     if settings.variant:
         notes = [*notes, f"Variant {settings.variant}: {VARIANTS[settings.variant][0]}."]
+    folder.mkdir(parents=True, exist_ok=True)  # the results file may be elsewhere
     found = chosen.findings(rows, settings, folder)
     for i, (heading, table) in enumerate(found.tables.items()):
         stem = "summary" if i == 0 else f"summary-{heading.lower().replace(' ', '-')}"

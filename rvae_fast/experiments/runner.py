@@ -32,6 +32,7 @@ def run(
     cells: Sequence[Cell],
     results: Results,
     *,
+    folder: str | os.PathLike[str] | None = None,
     jobs: int = 1,
     say: Callable[[str], None] = lambda text: None,
     progress: bool = False,
@@ -43,6 +44,8 @@ def run(
     ----------
     cells : sequence of Cell
     results : Results
+    folder : path, optional
+        Where steps are kept; beside the results file unless given.
     jobs : int, default 1
         Processes, each computing with one thread. With 1 the cells run in this process, with one thread as well, so
         that the results do not depend on ``jobs``.
@@ -63,11 +66,11 @@ def run(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     todo = results.missing(cells)
-    folder = str(results.path.parent)
+    beside = str(results.path.parent if folder is None else folder)
     began = time.perf_counter()
     done = len(cells) - len(todo)
     with _bar(progress, len(cells), done) as advance:
-        for cell, metrics in _finished(todo, folder, min(jobs, len(todo)), work):
+        for cell, metrics in _finished(todo, beside, min(jobs, len(todo)), work):
             results.add(cell, metrics)
             done += 1
             advance()

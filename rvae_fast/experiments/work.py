@@ -15,6 +15,7 @@ from rvae_fast import _rng
 from rvae_fast.datasets import Dataset, NoveltySplit, novelty_split
 from rvae_fast.datasets import load as load_dataset
 from rvae_fast.datasets.cache import store_arrays
+from rvae_fast.experiments import kept
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.scores import all_scores
 from rvae_fast.models import MODELS, Autoencoder
@@ -75,7 +76,7 @@ class Denoising(nn.Module):
         return self.model.loss_terms(x + self.noise * torch.randn_like(x) if self.training else x, target=x)
 
 
-def run_cell(cell: Cell, folder: str | None = None) -> dict[str, Any]:
+def run_cell(cell: Cell, folder: str | None = None, models: str | None = None) -> dict[str, Any]:
     """Train and score a cell.
 
     Parameters
@@ -83,13 +84,15 @@ def run_cell(cell: Cell, folder: str | None = None) -> dict[str, Any]:
     cell : Cell
     folder : path, optional
         Where to keep the steps of a cell that wants them, as ``steps-<name>.npz`` (``loss``, ``grad_norm``).
+    models : path, optional
+        Where trained models are kept (:mod:`rvae_fast.experiments.kept`): one that is there is not trained again. Cells
+        that want their steps are always trained.
 
     Returns
     -------
     dict
-        A value for every name of :func:`metric_names`.
+        A value for every name of :func:`metric_names`. The times count the training of a kept model too.
     """
-    started, cpu = time.perf_counter(), time.process_time()
     from rvae_fast.report import evaluate_scores
 
     split = split_of(cell)
@@ -100,28 +103,54 @@ def run_cell(cell: Cell, folder: str | None = None) -> dict[str, Any]:
         thin = max(1, len(test) // (2 * cell.rows))
         test, labels = test[::thin], labels[::thin]
     totals: dict[str, Any] = {}
-    history = History()
+    spent = {"seconds": 0.0, "cpu_seconds": 0.0}
     for member in range(cell.members):
-        seed = cell.seed if member == 0 else _rng.derive(cell.seed, "member", member) % 2**31
-        model = build(cell, rows.shape[1], seed)
-        wrapped = Denoising(model, cell.noise) if cell.noise else model
-        history = train(wrapped, rows, TrainingConfig(**{"seed": seed, **cell.training}))
+        model, record = _trained(cell, rows, member, folder, models)
+        scoring = _Clock()
         scored = all_scores(model, cell.scores, rows, validation, test, cell.seed)
         for name, (normal, tested) in scored.items():
             # Scores of different models have different scales; normal rows set the unit.
             unit = float(np.mean(normal)) if cell.members > 1 else 1.0
             before = totals.get(name, (0.0, 0.0))
             totals[name] = (before[0] + normal / unit, before[1] + tested / unit)
-    result: dict[str, Any] = {"features": rows.shape[1], **_record(history, len(rows))}
+        spent = {name: spent[name] + record[name] + value for name, value in scoring.spent().items()}
+    result: dict[str, Any] = {"features": rows.shape[1], **record, **spent}
     result["eval_error"] = float(np.mean(score_rows(model, validation)))  # of an ensemble, its last member's
     for name, (_, total) in totals.items():
         result[f"auroc_{name}"] = evaluate_scores(total, labels, 0.0).auroc
+    return result
+
+
+class _Clock:
+    """Time since it was made, by the wall and of this process."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def spent(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
+def _trained(
+    cell: Cell, rows: Any, member: int, folder: str | None, models: str | None
+) -> tuple[Autoencoder, dict[str, Any]]:
+    """A member's model and what its training recorded: the kept one, or one trained now and kept."""
+    if models is not None and not cell.steps:
+        found = kept.find(models, cell, member)
+        if found is not None:
+            return found
+    clock = _Clock()
+    seed = cell.seed if member == 0 else _rng.derive(cell.seed, "member", member) % 2**31
+    model = build(cell, rows.shape[1], seed)
+    wrapped = Denoising(model, cell.noise) if cell.noise else model
+    history = train(wrapped, rows, TrainingConfig(**{"seed": seed, **cell.training}))
+    record = {**_record(history, len(rows)), **clock.spent()}
+    if models is not None:
+        kept.keep(models, cell, model, record, member)
     if cell.steps and folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         store_arrays(steps_file(folder, cell), {"loss": history.step_loss, "grad_norm": history.grad_norm})
-    result["seconds"] = time.perf_counter() - started
-    result["cpu_seconds"] = time.process_time() - cpu
-    return result
+    return model, record
 
 
 def steps_file(folder: str | Path, cell: Cell) -> Path:

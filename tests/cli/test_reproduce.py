@@ -57,3 +57,16 @@ def test_unknown_data_and_nothing_to_show(run: Callable[..., Any], tmp_path: Pat
     assert "data must be among" in result.stderr
     result = run("reproduce", "deep", "--data", "digits", "--page-only", "--out", tmp_path / "out", code=1)
     assert "has none of the 20 cells" in result.stderr
+
+
+def test_experiments_share_results_and_models(run: Callable[..., Any], tmp_path: Path) -> None:
+    shared = ["--quick", "--seeds", 1, "--epochs", 1, "--jobs", 1, "--data", "digits"]
+    table = tmp_path / "shared" / "table.csv"
+    given = ["--results", table, "--models", tmp_path / "models"]
+    run("reproduce", "novelty", *shared, *given, "--out", tmp_path / "novelty")
+    assert len(list((tmp_path / "models").glob("*.safetensors"))) == 6
+    assert not (tmp_path / "novelty" / "results.csv").exists()
+    said = run("reproduce", "rapp", *shared, *given, "--out", tmp_path / "rapp").stderr
+    assert "8 cells, 2 of them done" in said  # VAE and RVAE pre, class 0 novel
+    assert (tmp_path / "rapp" / "index.html").exists()
+    assert "6 cells, 6 of them done" in run("reproduce", "novelty", *shared, *given, "--out", tmp_path / "n").stderr

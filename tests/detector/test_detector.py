@@ -315,9 +315,9 @@ def _dumped(detector: Any) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("anomaly_score", ["sap", "nap"])
+@pytest.mark.parametrize("anomaly_score", ["sap", "nap", "local"])
 @pytest.mark.parametrize("detector_class", EVERY)
-def test_rapps_scores_find_rows_that_leave_the_curve(
+def test_scores_from_inside_the_network_find_rows_that_leave_the_curve(
     detector_class: Any, anomaly_score: str, table: np.ndarray, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(2)
@@ -348,12 +348,13 @@ def test_options_of_rapps_scores_reach_them(table: np.ndarray) -> None:
             assert not np.allclose(scores(**base, **change), plain)
 
 
-def test_nap_set_after_fit_asks_for_another_fit(table: np.ndarray) -> None:
-    detector = RVAEDetector(**SMALL).fit(table).set_params(anomaly_score="nap")
+@pytest.mark.parametrize("name", ["nap", "local"])
+def test_a_score_set_after_fit_asks_for_another_fit(name: str, table: np.ndarray) -> None:
+    detector = RVAEDetector(**SMALL).fit(table).set_params(anomaly_score=name)
     with pytest.raises(NotFittedError, match="fit again"):
         detector.score_samples(table)
     detector.fit(table).score_samples(table)
-    assert not hasattr(detector.set_params(anomaly_score="sap").fit(table), "nap_")
+    assert not hasattr(detector.set_params(anomaly_score="sap").fit(table), f"{name}_")
 
 
 @pytest.mark.parametrize(

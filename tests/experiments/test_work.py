@@ -69,11 +69,11 @@ def test_spike_is_measured_in_running_medians(values: np.ndarray, expected: floa
 
 def test_scores_by_name() -> None:
     torch.manual_seed(0)
-    model = RVAE(16, latent_features=4, n_layers=4).eval()
+    model = RVAE(16, latent_features=4, n_layers=7, init="default").eval()
     rng = np.random.default_rng(0)
     train, validation, test = (rng.uniform(size=(n, 16)).astype(np.float32) for n in (80, 40, 20))
     test[:10] += 3.0
-    names = ("reconstruction", "elbo", "pixel", "samples", "sap/units", "nap-", "rank")
+    names = ("reconstruction", "elbo", "pixel", "samples", "sap/units", "nap-", "local", "rank")
     scored = all_scores(model, names, train, validation, test, 0)
     assert list(scored) == list(names)
     for name, (normal, tested) in scored.items():

@@ -1,0 +1,68 @@
+"""Kept models stand for their training: the same results, without it, for whatever scores are asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rvae_fast.experiments import kept, work
+from rvae_fast.experiments.cells import Cell
+from rvae_fast.experiments.store import ResultsError
+from rvae_fast.experiments.work import run_cell
+
+from .conftest import cell
+
+
+def own(**changes: Any) -> Cell:
+    return cell(model="RVAE", order="pre", **changes)
+
+
+def untimed(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if not name.endswith("seconds")}
+
+
+def no_training(*given: Any, **options: Any) -> Any:
+    raise AssertionError("a kept model was trained again")
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_kept_model_is_scored_without_training(members: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_cell(own(members=members), models=str(folder))
+    assert len(list(folder.glob("*.safetensors"))) == members
+    monkeypatch.setattr(work, "train", no_training)
+    again = run_cell(own(members=members), models=str(folder))
+    assert untimed(again) == untimed(first)
+    assert again["cpu_seconds"] > 0.5 * first["cpu_seconds"]  # the training's time is part of the record
+    other = run_cell(own(members=members, scores=("reconstruction", "sap")), models=str(folder))
+    assert {k: v for k, v in untimed(other).items() if k != "auroc_sap"} == untimed(first)
+
+
+def test_an_ensemble_takes_the_first_member_from_the_single_model(folder: Path) -> None:
+    run_cell(own(), models=str(folder))
+    before = kept.model_file(folder, own()).stat().st_mtime_ns
+    run_cell(own(members=2), models=str(folder))
+    assert kept.model_file(folder, own()).stat().st_mtime_ns == before
+    assert kept.model_file(folder, own(), 1).exists()
+
+
+def test_a_model_of_another_recipe_is_refused(folder: Path) -> None:
+    run_cell(own(), models=str(folder))
+    with pytest.raises(ResultsError, match="give another directory for the models"):
+        run_cell(own(noise=0.1), models=str(folder))
+
+
+def test_a_model_without_its_record_is_trained_again(folder: Path) -> None:
+    first = run_cell(own(), models=str(folder))
+    kept.model_file(folder, own()).with_suffix(".json").unlink()
+    assert kept.find(folder, own()) is None
+    assert untimed(run_cell(own(), models=str(folder))) == untimed(first)
+    assert kept.find(folder, own()) is not None
+
+
+def test_cells_that_want_their_steps_are_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_cell(own(), models=str(folder))
+    monkeypatch.setattr(work, "train", no_training)
+    with pytest.raises(AssertionError, match="trained again"):
+        run_cell(own(steps=True), str(folder), models=str(folder))
