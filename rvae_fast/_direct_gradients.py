@@ -1,4 +1,4 @@
-"""Gradients of a plain model on the CPU by one native call, for steps that would be mostly overhead."""
+"""Gradients of a model on the CPU by one native call, for steps that would be mostly overhead."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from rvae_fast import _backend
-from rvae_fast.models import AE, VAE, Autoencoder
-from rvae_fast.nn import PlainCall, PlainStack
+from rvae_fast._parts import Part, parts_of
+from rvae_fast.models import MODELS, Autoencoder
+from rvae_fast.nn import BARE
 from rvae_fast.ops.autoencoder_gradients import IS_AVAILABLE, autoencoder_gradients
 from rvae_fast.ops.residual_stack import can_skip_dispatch
 
@@ -19,10 +21,10 @@ from rvae_fast.ops.residual_stack import can_skip_dispatch
 class DirectGradients:
     """Fills the ``grad`` of a model's parameters as ``loss.backward()`` would, where it can; else says so.
 
-    It can for an :class:`~rvae_fast.AE` or :class:`~rvae_fast.VAE` on the CPU whose stacks the native kernels cover, in
-    training mode, with nothing frozen or shared, and without hooks on modules or parameters, each of which autograd
-    alone knows how to serve. That is looked at when :meth:`look` is called, once an epoch: within one nobody else has a
-    say.
+    It can for the four models of :mod:`rvae_fast.models` on the CPU whose stacks the native kernels cover, in training
+    mode, without dropout, with nothing frozen or shared, and without hooks on modules or parameters, each of which
+    autograd alone knows how to serve. That is looked at when :meth:`look` is called, once an epoch: within one nobody
+    else has a say.
 
     Parameters
     ----------
@@ -33,7 +35,7 @@ class DirectGradients:
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         self._model, self._parameters = model, list(parameters)
-        self._ours = IS_AVAILABLE and type(model) in (AE, VAE)
+        self._ours = IS_AVAILABLE and type(model) in MODELS.values()
         self._places: list[Tensor] = []  # the parameters, in the kernel's order
         self._flat = torch.empty(0)
         self._views: list[Tensor] = []
@@ -44,20 +46,21 @@ class DirectGradients:
     def look(self, x: Tensor) -> None:
         """See what batches like ``x`` are to go through, as things are now."""
         self._before = None
-        calls = self._calls(x) if self._ours else None
-        if calls is None or not self._place(*calls):
+        sides = self._parts(x) if self._ours else None
+        if sides is None or not self._place(parts := [*chain(*sides)]):
             return
         model = self._model
         assert isinstance(model, Autoencoder)
-        self._before = tuple(
-            argument
-            for call in calls
-            for argument in ([*chain(*call.lists)], [*map(len, call.lists)], [norm.momentum for norm in call.norms])
-        )
-        counts = [norm.num_batches_tracked for call in calls for norm in call.norms if norm.track_running_stats]
+        norms = [norm for part in parts for norm in part.norms]
+        lists = [tensors for part in parts for tensors in part.lists]
+        layers = [part.layers for part in parts]
+        self._before = ([*chain(*lists)], [*map(len, lists)], [norm.momentum for norm in norms], layers, len(sides[0]))
+        counts = [norm.num_batches_tracked for norm in norms if norm.track_running_stats]
         self._counts = [count for count in counts if count is not None]
+        order = next((part.order for part in parts if part.order is not None), "pre")
+        options = next((part.options for part in parts if part.options is not None), BARE)
         self._behind = (
-            *calls[0].options, calls[0].dtype, model.likelihood, model.is_variational, *model.logvar_range,
+            order, *options, parts[0].dtype, model.likelihood, model.is_variational, *model.logvar_range,
         )  # fmt: skip
 
     def __call__(self, x: Tensor, n: int, kld_weight: float, *, add: bool) -> Tensor | None:
@@ -81,31 +84,34 @@ class DirectGradients:
             parameter.grad = view
         return terms
 
-    def _calls(self, x: Tensor) -> tuple[PlainCall, PlainCall] | None:
+    def _parts(self, x: Tensor) -> list[list[Part]] | None:
+        """Of the encoder and of the decoder; None unless all are covered, and alike in what the call has but once."""
         model = self._model
-        encoder, decoder = model.encoder, model.decoder
-        if type(encoder) is not PlainStack or type(decoder) is not PlainStack:
-            return None
-        if encoder._forward_hooks or encoder._forward_pre_hooks or decoder._forward_hooks or decoder._forward_pre_hooks:
-            return None
         if any(name in model.__dict__ for name in ("loss_terms", "_forward", "_encode")) or not model.training:
             return None
-        if x.dtype != torch.float32 or not can_skip_dispatch([x]):
+        if x.dtype != torch.float32 or not can_skip_dispatch([x]) or has_global_hooks():
             return None
         if _backend.current_backend() not in ("auto", "native"):
             return None
-        first = encoder.as_one_op(x)
-        second = None if first is None else decoder.as_one_op(x)
-        if first is None or second is None or not (first.batch_stats and second.batch_stats):
+        sides = []
+        assert isinstance(model, Autoencoder)
+        for network in (model.encoder, model.decoder):
+            parts = parts_of(network, x)
+            if not parts:
+                return None
+            sides.append(parts)
+        every = [*chain(*sides)]
+        norms = [norm for part in every for norm in part.norms]
+        if any(norm.momentum is None for norm in norms) or len({*map(id, norms)}) != len(norms):
+            return None  # that weight is a step's own; or a norm that is there twice
+        if any(len({getattr(part, name) for part in every} - {None}) > 1 for name in ("order", "options", "dtype")):
             return None
-        norms = [*first.norms, *second.norms]
-        if first.options != second.options or len({*map(id, norms)}) != len(norms):
-            return None
-        return None if any(norm.momentum is None for norm in norms) else (first, second)  # that weight is a step's own
+        # A norm with a weight and no bias is the modules' to run.
+        return None if any(len(part.lists[2]) != len(part.lists[3]) for part in every) else sides
 
-    def _place(self, encoder: PlainCall, decoder: PlainCall) -> bool:
+    def _place(self, parts: Sequence[Part]) -> bool:
         """Give every parameter its place in the flat gradient; False if some have none, or a say of their own."""
-        places = [*chain(*encoder.lists[:4], *decoder.lists[:4])]
+        places = [*chain(*(tensors for part in parts for tensors in part.lists[:4]))]
         if any(p._backward_hooks or not p.requires_grad or p._post_accumulate_grad_hooks for p in places):
             return False
         if len(places) == len(self._places) and all(a is b for a, b in zip(places, self._places, strict=True)):
@@ -114,6 +120,6 @@ class DirectGradients:
             return False
         self._places = places
         self._flat = torch.empty(sum(p.numel() for p in places))
-        parts = self._flat.split([p.numel() for p in places])
-        self._views = [part.view(p.shape) for part, p in zip(parts, places, strict=True)]
+        pieces = self._flat.split([p.numel() for p in places])
+        self._views = [piece.view(p.shape) for piece, p in zip(pieces, places, strict=True)]
         return True

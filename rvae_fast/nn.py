@@ -39,7 +39,7 @@ def _advance(norms: Sequence[nn.BatchNorm1d]) -> tuple[list[bool], list[float]]:
     ``norm.eval()`` works as it does there.
     """
     momentum = [0.0 if norm.momentum is None else norm.momentum for norm in norms]
-    counts = _values(norms, "num_batches_tracked")
+    counts = values(norms, "num_batches_tracked")
     moving = [
         norm.training and norm.track_running_stats and count is not None
         for norm, count in zip(norms, counts, strict=True)
@@ -54,11 +54,11 @@ def _advance(norms: Sequence[nn.BatchNorm1d]) -> tuple[list[bool], list[float]]:
                     counts[i].add_(1)
                     if norm.momentum is None:
                         momentum[i] = 1.0 / float(counts[i])
-    means = _values(norms, "running_mean")
+    means = values(norms, "running_mean")
     return [norm.training or mean is None for norm, mean in zip(norms, means, strict=True)], momentum
 
 
-def _values(modules: Sequence[nn.Module], name: str) -> list[Any]:
+def values(modules: Sequence[nn.Module], name: str) -> list[Any]:
     """The parameter or buffer of each module, past ``nn.Module.__getattr__``, whose toll deep stacks would notice."""
     if not torch.compiler.is_compiling():
         try:
@@ -77,8 +77,8 @@ def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
     batch_stats, momentum = _advance(norms)
     return residual_stack(
         input,
-        *(_values(linears, name) for name in ("weight", "bias")),
-        *(_values(norms, name) for name in ("weight", "bias", "running_mean", "running_var")),
+        *(values(linears, name) for name in ("weight", "bias")),
+        *(values(norms, name) for name in ("weight", "bias", "running_mean", "running_var")),
         layers=first.layers,
         order=first.order,
         activation=first.activation,
@@ -90,7 +90,7 @@ def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
     )
 
 
-def _alike(blocks: Sequence[Any]) -> bool:
+def alike(blocks: Sequence[Any]) -> bool:
     """Whether the units of a stack can run as one op: same options, and no hook waits for one of them to be called."""
     if not blocks or not all(type(block) is ResidualBlock for block in blocks):
         return False
@@ -247,7 +247,7 @@ class ResidualStack(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         check_rows("input", input, self.features)
         blocks = list(self)
-        return _run(blocks, input) if _alike(blocks) else super().forward(input)
+        return _run(blocks, input) if alike(blocks) else super().forward(input)
 
 
 class PlainStack(nn.Sequential):
@@ -275,8 +275,8 @@ class PlainStack(nn.Sequential):
             return None
         linears, norms, activation = modules[0::3], modules[1::3], modules[2]
         batch_stats = [norm.training or norm.running_mean is None for norm in norms]
-        lists = [_values(linears, name) for name in ("weight", "bias")]
-        lists += [_values(norms, name) for name in ("weight", "bias", "running_mean", "running_var")]
+        lists = [values(linears, name) for name in ("weight", "bias")]
+        lists += [values(norms, name) for name in ("weight", "bias", "running_mean", "running_var")]
         # A list is whole or empty; one with gaps is the modules' to run.
         if any((tensor is None) != (tensors[0] is None) for tensors in lists for tensor in tensors):
             return None
@@ -340,9 +340,9 @@ class Transition(nn.Linear):
             lists: Lists = ([self.weight], [] if self.bias is None else [self.bias], [], [], [], [])
             if products_dtype(input, lists, (True,)) == torch.bfloat16:
                 return plain_stack(
-                    input, lists, _BARE, momentum=(), batch_stats=True, dtype=torch.bfloat16
+                    input, lists, BARE, momentum=(), batch_stats=True, dtype=torch.bfloat16
                 )  # no norm, no activation
         return super().forward(input)
 
 
-_BARE = Options("identity", 0.0, 1e-5)
+BARE = Options("identity", 0.0, 1e-5)

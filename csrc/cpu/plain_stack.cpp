@@ -58,7 +58,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plain_stack(const at::Tensor& x, 
 
 Gradients plain_stack_gradients(const at::Tensor& gradient, const at::Tensor& x, Tensors weights, Tensors gammas, Tensors betas,
                                 const at::Tensor& inner, const at::Tensor& statistics, std::string_view activation,
-                                double negative_slope, bool batch_statistics, at::ScalarType dtype, const Needs& needs) {
+                                double negative_slope, bool batch_statistics, at::ScalarType dtype, const Needs& needs,
+                                const Gradients* into) {
   const Shape shape = make_plain_shape(x, weights, activation, negative_slope, dtype);
   check_vectors("norm_weights", gammas, shape, shape.norms(), true);
   check_vectors("norm_biases", betas, shape, shape.norms(), true);
@@ -76,7 +77,7 @@ Gradients plain_stack_gradients(const at::Tensor& gradient, const at::Tensor& x,
   const Inputs inputs{x.contiguous(), contiguous(weights), {}, contiguous(gammas), contiguous(betas), {}, {}, 0.0,
                       batch_statistics};
   const ForwardResult forward_result{{}, inner, {}, statistics};
-  return backward(shape, inputs, forward_result, gradient.to(kept).contiguous(), needs);
+  return backward(shape, inputs, forward_result, gradient.to(kept).contiguous(), needs, into);
 }
 
 void update_running(Tensors means, Tensors variances, const at::Tensor& statistics, at::ArrayRef<double> momentum) {

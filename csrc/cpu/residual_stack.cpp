@@ -60,7 +60,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_stack(
 Gradients residual_stack_gradients(const at::Tensor& gradient, const at::Tensor& x, Tensors weights, Tensors gammas, Tensors betas,
                                    const at::Tensor& inner, const at::Tensor& stream, const at::Tensor& statistics,
                                    int64_t layers_per_unit, std::string_view order, std::string_view activation,
-                                   double negative_slope, bool batch_statistics, at::ScalarType dtype, const Needs& needs) {
+                                   double negative_slope, bool batch_statistics, at::ScalarType dtype, const Needs& needs,
+                                   const Gradients* into) {
   const Shape shape = make_shape(x, weights.size(), layers_per_unit, order, activation, negative_slope, dtype);
   const std::vector<int64_t> column{shape.width}, square{shape.width, shape.width};
   check_list("weights", weights, weights.size(), square, false);
@@ -80,7 +81,7 @@ Gradients residual_stack_gradients(const at::Tensor& gradient, const at::Tensor&
   const Inputs inputs{x.contiguous(), contiguous(weights), {}, contiguous(gammas), contiguous(betas), {}, {}, 0.0,
                       batch_statistics};
   const ForwardResult forward_result{{}, inner, stream, statistics};
-  return backward(shape, inputs, forward_result, gradient.to(x.scalar_type()).contiguous(), needs);
+  return backward(shape, inputs, forward_result, gradient.to(x.scalar_type()).contiguous(), needs, into);
 }
 
 namespace {

@@ -18,6 +18,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_stack(
 Gradients residual_stack_gradients(const at::Tensor& gradient, const at::Tensor& x, Tensors weights, Tensors gammas, Tensors betas,
                                    const at::Tensor& inner, const at::Tensor& stream, const at::Tensor& statistics,
                                    int64_t layers_per_unit, std::string_view order, std::string_view activation,
-                                   double negative_slope, bool batch_statistics, at::ScalarType dtype, const Needs& needs);
+                                   double negative_slope, bool batch_statistics, at::ScalarType dtype, const Needs& needs,
+                                   const Gradients* into = nullptr);
 
 }  // namespace rvae::cpu::stack

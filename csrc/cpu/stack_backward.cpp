@@ -23,13 +23,17 @@ namespace {
 class BackwardPass {
  public:
   BackwardPass(const Shape& shape, const Inputs& inputs, const ForwardResult& kept, const at::Tensor& gradient,
-               const Needs& needs)
+               const Needs& needs, const Gradients* into)
       : s_(shape), in_(inputs), kept_(kept), gradient_(gradient), needs_(needs), part_(shape.rows, kTileRows),
         norm_vectors_(shape.padded()), packed_(inputs.weights, shape, /*forward=*/false), k_(kernels()) {
-    g_.weights = gradients(needs_.weights, s_.weights_before(s_.layers));
-    g_.biases = gradients(needs_.biases, s_.vectors_before(s_.layers));
-    g_.gammas = gradients(needs_.norms, s_.vectors_before(s_.norms()));
-    g_.betas = gradients(needs_.norms, s_.vectors_before(s_.norms()));
+    if (into != nullptr) {
+      g_ = *into;
+    } else {
+      g_.weights = gradients(needs_.weights, s_.weights_before(s_.layers));
+      g_.biases = gradients(needs_.biases, s_.vectors_before(s_.layers));
+      g_.gammas = gradients(needs_.norms, s_.vectors_before(s_.norms()));
+      g_.betas = gradients(needs_.norms, s_.vectors_before(s_.norms()));
+    }
     g_.x = empty_large({needs_.x ? s_.rows : 0, s_.in(0)}, in_.x.options());
 
     // Tiles are read in whole blocks of 16 words by the transposition.
@@ -410,8 +414,8 @@ class BackwardPass {
 }  // namespace
 
 Gradients backward(const Shape& shape, const Inputs& inputs, const ForwardResult& kept, const at::Tensor& gradient,
-                   const Needs& needs) {
-  return BackwardPass(shape, inputs, kept, gradient, needs).run();
+                   const Needs& needs, const Gradients* into) {
+  return BackwardPass(shape, inputs, kept, gradient, needs, into).run();
 }
 
 }  // namespace rvae::cpu::stack

@@ -199,7 +199,8 @@ struct Gradients {
   at::Tensor x, weights, biases, gammas, betas;
 };
 
+// `into`: where the gradients of the parameters are to be written, all of which must be needed; else they get memory of their own.
 Gradients backward(const Shape& shape, const Inputs& inputs, const ForwardResult& kept, const at::Tensor& gradient,
-                   const Needs& needs);
+                   const Needs& needs, const Gradients* into = nullptr);
 
 }  // namespace rvae::cpu::stack

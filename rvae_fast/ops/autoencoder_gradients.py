@@ -1,4 +1,4 @@
-"""``autoencoder_gradients``: the loss of a plain AE or VAE on a batch and the gradient of every parameter, in one call.
+"""``autoencoder_gradients``: the loss of an autoencoder on a batch and the gradient of every parameter, in one call.
 
 It does what the model's ``loss_terms`` and autograd do, on the same kernels and in the same order, so the numbers are
 the same; what it leaves out is the graph and the Python between some thirty small ops, which take longer than the
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from rvae_fast.ops.residual_stack_op import library
 
-# Tensors of a stack come as one list, cut into the six of ``plain_stack`` by ``counts``. ``gradient`` has a place for
-# every parameter: those of the encoder, list by list, then the decoder's. The result is loss, error and divergence,
-# sums over the batch divided by ``n``.
+# Encoder and decoder are parts, the first ``encoder_parts`` the encoder's: residual stacks of units of so many layers,
+# and plain stacks, which have 0 (a transition is one of a single layer). Of each part come the six lists of
+# ``plain_stack``, cut from ``tensors`` by ``counts``. ``gradient`` has a place for every parameter, part by part and
+# list by list. The result is loss, error and divergence, sums over the batch divided by ``n``.
 library.define(
-    "autoencoder_gradients(Tensor x, Tensor[] encoder, int[] encoder_counts, float[] encoder_momentum, "
-    "Tensor[] decoder, int[] decoder_counts, float[] decoder_momentum, str activation, float negative_slope, "
-    "float eps, ScalarType dtype, str likelihood, bool variational, float low, float high, float kld_weight, int n, "
-    "bool add, Tensor(a!) gradient) -> Tensor"
+    "autoencoder_gradients(Tensor x, Tensor[] tensors, int[] counts, float[] momentum, int[] layers_per_unit, "
+    "int encoder_parts, str order, str activation, float negative_slope, float eps, ScalarType dtype, str likelihood, "
+    "bool variational, float low, float high, float kld_weight, int n, bool add, Tensor(a!) gradient) -> Tensor"
 )
 library.define("gradient_norm(Tensor[] tensors) -> Tensor")
 # A step of Adam (AdamW if decoupled) on gradients divided by max(1, norm / max_norm); none if blocked is not zero.

@@ -35,7 +35,7 @@ HAS_BF16_PRODUCTS: bool = _HAS_KERNELS and torch.ops.rvae_fast.cpu_has_bf16_prod
 # --- what the kernels cover ---
 
 
-def _whole(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
+def all_or_none(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
     """The tensors if all are there, an empty list if none is, None for a mixture."""
     there = [t for t in tensors if t is not None]
     return there if len(there) in (0, len(tensors)) else None
@@ -71,7 +71,7 @@ def _triton_dtype(x: Tensor, lists: Sequence[Sequence[Tensor]], batch_stats: boo
     return triton_kernels.why_not(x, lists, dtype, batch_stats, autocast) or dtype
 
 
-def _choose(
+def choose(
     x: Tensor, lists: Sequence[list[Tensor] | None], batch_stats: Sequence[bool], dropout: float
 ) -> tuple[str, torch.dtype]:
     """The backend of a call, by name, and the dtype of its products.
@@ -215,8 +215,8 @@ def residual_stack(
     everything else: fp64, other devices, dropout, norms that differ within the stack, transforms of ``torch.func``,
     forward-mode AD, and gradients of gradients. Asked for by name, the Triton kernels raise instead.
     """
-    lists = [_whole(ts) for ts in (weights, biases, norm_weights, norm_biases, running_means, running_vars)]
-    name, dtype = _choose(x, lists, batch_stats, dropout)
+    lists = [all_or_none(ts) for ts in (weights, biases, norm_weights, norm_biases, running_means, running_vars)]
+    name, dtype = choose(x, lists, batch_stats, dropout)
     if name == "reference":
         return run_reference(
             x, (weights, biases, norm_weights, norm_biases, running_means, running_vars), layers=layers, order=order,

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rvae_fast import _backend, _stepper
 from rvae_fast._direct_gradients import DirectGradients
+from rvae_fast._precision import autocast
 from rvae_fast.models import Autoencoder
 from rvae_fast.ops import residual_stack
 from rvae_fast.training import TrainingConfig, train
@@ -23,6 +24,16 @@ OPTIONS: dict[str, Any] = {
     "batch_size": 16, "seed": 3, "learning_rate": 0.02, "max_grad_norm": 1.0, "kld_warmup_epochs": 1.5, "epochs": 3,
     "device": "cpu", "weight_decay": 0.01,
 }  # fmt: skip
+
+
+#: The residual ones also with a projection before and behind, which a width of the first stage of its own asks for.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AE": ("AE", {}),
+    "VAE": ("VAE", {}),
+    "RAE": ("RAE", {"order": "post"}),
+    "RVAE": ("RVAE", {"order": "pre"}),
+    "RVAE of widths": ("RVAE", {"widths": (8, 5), "blocks": (2, 1), "layers": 3, "activation": "silu"}),
+}
 
 
 class Count:
@@ -51,21 +62,24 @@ class Never(DirectGradients):
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 @pytest.mark.parametrize("likelihood", ["squared", "absolute", "bernoulli"])
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("name", ["AE", "VAE"])
+@pytest.mark.parametrize("name", MODELS)
 def test_steps_are_those_of_autograd(
     name: str, accumulate: int, likelihood: str, precision: str, model: Any, table: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same random numbers, same batches, a short last one among them: same record, weights and statistics."""
-    data = table(100).sigmoid()
+    data = table(108).sigmoid()
     config = TrainingConfig(**OPTIONS, accumulate=accumulate, precision=precision)
     count = Count(monkeypatch)
-    history = train(direct := model(name, likelihood=likelihood), data, config)
+    kind, options = MODELS[name]
+    history = train(direct := model(kind, likelihood=likelihood, **options), data, config)
     assert count.taken == count.asked == 3 * 7
     monkeypatch.setattr(_stepper, "DirectGradients", Never)
-    expected = train(other := model(name, likelihood=likelihood), data, config)
-    torch.testing.assert_close(torch.tensor(history.steps), torch.tensor(expected.steps), rtol=1e-5, atol=1e-5)
+    expected = train(other := model(kind, likelihood=likelihood, **options), data, config)
+    # Products of PyTorch's (transitions in fp32) may round otherwise at another address, which Adam makes more of.
+    bound = 1e-3 if precision == "fp32" and direct.is_residual else 1e-5
+    torch.testing.assert_close(torch.tensor(history.steps), torch.tensor(expected.steps), rtol=bound, atol=bound)
     for (key, a), b in zip(direct.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=key)
+        torch.testing.assert_close(a, b, rtol=10 * bound, atol=bound, msg=key)
 
 
 def look(net: Autoencoder, x: Tensor) -> DirectGradients:
@@ -74,33 +88,55 @@ def look(net: Autoencoder, x: Tensor) -> DirectGradients:
     return direct
 
 
-@pytest.mark.parametrize("name", ["AE", "VAE"])
-def test_gradients_are_those_of_backward(name: str, model: Any, table: Any) -> None:
-    net, x = model(name).train(), table(50)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_backward(name: str, precision: str, model: Any, table: Any) -> None:
+    kind, options = MODELS[name]
+    net, x = model(kind, **options).train(), table(50)
     twin = copy.deepcopy(net)
-    torch.manual_seed(1)
-    terms = look(net, x)(x, 50, 0.3, add=False)
-    torch.manual_seed(1)
-    error, kld = twin.loss_terms(x)
+    with autocast(precision, x.device):
+        torch.manual_seed(1)
+        terms = look(net, x)(x, 50, 0.3, add=False)
+        torch.manual_seed(1)
+        error, kld = twin.loss_terms(x)
     loss = error.sum() / 50 + 0.3 * (kld.sum() / 50)
     loss.backward()
     assert terms is not None
-    assert terms.tolist() == [float(loss), float(error.sum() / 50), float(kld.sum() / 50)]
+    assert not terms.requires_grad
+    # To the bit, but for transitions in fp32: there autograd's are PyTorch's.
+    bound = {"rtol": 2e-6, "atol": 2e-6} if precision == "fp32" and net.is_residual else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(terms, torch.stack((loss, error.sum() / 50, kld.sum() / 50)).detach(), **bound)
     for (key, a), b in zip(net.named_parameters(), twin.parameters(), strict=True):
         assert a.grad is not None
-        assert torch.equal(a.grad, b.grad), key
+        scale = max(1.0, float(b.grad.abs().max()))
+        torch.testing.assert_close(a.grad / scale, b.grad / scale, msg=lambda text, key=key: f"{key}: {text}", **bound)
     for a, b in zip(net.buffers(), twin.buffers(), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, **bound)
 
 
 @pytest.mark.parametrize(
-    "why", ["residual", "frozen", "shared", "module hook", "gradient hook", "after gradient", "eval", "frozen norm",
-            "cumulative", "own loss", "fp64", "reference", "one row"]
+    "why", ["dropout", "block hook", "backward hook", "global hook", "half a norm", "two activations", "frozen",
+            "shared", "module hook", "gradient hook", "after gradient", "eval", "frozen norm", "cumulative", "own loss",
+            "fp64", "reference", "one row"]
 )  # fmt: skip
 def test_what_autograd_has_to_do(why: str, model: Any, table: Any) -> None:
     momentum = None if why == "cumulative" else 0.1
-    net, x, backend = model("RAE" if why == "residual" else "AE", momentum=momentum).train(), table(50), "auto"
-    if why == "frozen":
+    residual = {"dropout": {"dropout": 0.1}, "block hook": {}, "two activations": {}}
+    kind = "RAE" if why in residual else "AE"
+    net, x, backend = model(kind, momentum=momentum, **residual.get(why, {})).train(), table(50), "auto"
+    handle = None
+    if why == "block hook":
+        net.encoder[0][0].register_forward_hook(lambda *_: None)
+    elif why == "two activations":
+        net.decoder[-1][0].activation = "relu"
+    elif why == "backward hook":
+        net.decoder.register_full_backward_hook(lambda *_: None)
+    elif why == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    elif why == "half a norm":
+        for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm1d)):
+            norm.bias = None
+    elif why == "frozen":
         net.encoder[0].bias.requires_grad_(False)
     elif why == "shared":
         net.encoder[0].bias = net.encoder[1].bias
@@ -122,6 +158,10 @@ def test_what_autograd_has_to_do(why: str, model: Any, table: Any) -> None:
         backend = "reference"
     elif why == "one row":
         x = x[:1]
-    with _backend.backend(backend):
-        assert look(net, x)(x, 50, 1.0, add=False) is None
+    try:
+        with _backend.backend(backend):
+            assert look(net, x)(x, 50, 1.0, add=False) is None
+    finally:
+        if handle is not None:
+            handle.remove()
     assert all(p.grad is None for p in net.parameters())
