@@ -28,11 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._architecture import positive_int
-from rvae_fast._frozen import frozen
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.nn import ResidualStack
 from rvae_fast.pathway import hidden, reconstruct
-from rvae_fast.rapp import NAP, TILE, Moments, check_share
+from rvae_fast.rapp import NAP, TILE, Moments, check_share, pathway_scorer
 from rvae_fast.scoring import _parts, map_rows
 
 #: Rows whose codes and errors are kept to compare with; more of them changed nothing on MNIST.
@@ -287,31 +286,36 @@ def _sample(x: Any, size: int) -> NDArray[Any]:
     return np.empty((0, 0)) if rows is None else rows
 
 
-def _widths(model: Autoencoder) -> list[int]:
-    """Widths of the places that count."""
+def _columns(model: Autoencoder) -> list[tuple[int, int]]:
+    """Of the places that count, first and last column among the differences of all places."""
     weight = next(model.parameters())
     nothing = torch.zeros(1, model.in_features, dtype=weight.dtype, device=weight.device)
     with torch.no_grad(), in_eval(model):
         every = [place.shape[1] for place in hidden(model, nothing, "branches")]
-    return [every[i] for i in places(model)]
+    ends = np.cumsum([0, *every]).tolist()
+    return [(ends[i], ends[i + 1]) for i in places(model)]
+
+
+def _widths(model: Autoencoder) -> list[int]:
+    """Widths of the places that count."""
+    return [stop - start for start, stop in _columns(model)]
 
 
 def _observer(model: Autoencoder, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Rows to their error, code and differences at the places that count, side by side."""
-    device = options.get("device")
-    at = next(model.parameters()).device if device is None else torch.device(device)
-    scorer = frozen(model, options.get("precision", "auto")) if at.type == "cpu" else None
+    scorer = pathway_scorer(model, "branches", options)
     wanted = set(places(model))
+    columns = _columns(model)
 
     def observe(rows: Tensor) -> Tensor:
         if scorer is not None:
-            found = scorer.detailed(rows, latent=True, reconstruction=True)
-            error, code, x_hat = found.error, found.latent, found.reconstruction
-            assert code is not None
-            assert x_hat is not None
-        else:
-            error, x_hat, encoded = model.anomaly_score(rows), reconstruct(model, rows), model.encode(rows)
-            code = encoded[0] if isinstance(encoded, tuple) else encoded
+            found = scorer.pathway(rows, "branches", include_input=False, latent=True, differences=True)
+            assert found.latent is not None
+            assert found.differences is not None
+            there = [found.differences[:, start:stop] for start, stop in columns]
+            return torch.cat([found.error[:, None], found.latent, *there], 1)
+        error, x_hat, encoded = model.anomaly_score(rows), reconstruct(model, rows), model.encode(rows)
+        code = encoded[0] if isinstance(encoded, tuple) else encoded
         n = rows.shape[0]
         both = torch.cat([rows, x_hat.to(rows.dtype)])
         differences = [p[n:] - p[:n] for i, p in enumerate(hidden(model, both, "branches")) if i in wanted]

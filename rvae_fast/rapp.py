@@ -25,6 +25,7 @@ from torch import Tensor
 from rvae_fast._frozen import frozen
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.pathway import differences, reconstruct
+from rvae_fast.scorer import Scorer
 from rvae_fast.scoring import _parts, map_rows
 
 #: Rows that go through the network at once, always so many: matrix products of another number of rows may sum in
@@ -169,9 +170,12 @@ def sap_parts(
 ) -> Iterator[NDArray[np.float64]]:
     """:func:`sap_scores` as a generator: one array of scores per chunk of ``x``."""
 
+    scorer = pathway_scorer(model, pathway, options)
     x_hat = _reconstructor(model, options)
 
     def score(rows: Tensor) -> Tensor:
+        if scorer is not None:
+            return scorer.pathway(rows, pathway, include_input=include_input).sap
         total = torch.zeros(rows.shape[0], dtype=_wide(rows), device=rows.device)
         for d in differences(model, rows, x_hat(rows), pathway, include_input):
             total += d.float().square().sum(1) if d.dtype != torch.float64 else d.square().sum(1)
@@ -215,12 +219,14 @@ def fit_nap(
     check_share("tolerance", tolerance)
     check_share("ridge", ridge)
     moments = Moments()
-    options = {"device": device, "precision": precision}
+    options: dict[str, Any] = {"device": device, "precision": precision}
+    observe = _observer(model, pathway, include_input, options)
     with in_eval(model):
         for part in _parts(x):
             # Not a whole chunk at once: its differences would be several times the chunk itself.
             for start in range(0, part.shape[0], GATHERED):
-                moments.update(_side_by_side(model, part[start : start + GATHERED], pathway, include_input, options))
+                rows = part[start : start + GATHERED]
+                moments.update(map_rows(model, rows, observe, batch_size=TILE, row_tile=TILE, **options))
     return moments.whiten(tolerance, ridge)
 
 
@@ -263,12 +269,12 @@ def nap_parts(
 ) -> Iterator[NDArray[np.float64]]:
     """:func:`nap_scores` as a generator: one array of scores per chunk of ``x``."""
 
-    x_hat = _reconstructor(model, options)
+    observe = _observer(model, pathway, include_input, options)
     project: Callable[[Tensor], Tensor] | None = None
 
     def score(rows: Tensor) -> Tensor:
         nonlocal project
-        d = _concatenated(model, rows, x_hat(rows), pathway, include_input)
+        d = observe(rows)
         if d.shape[1] != len(nap.mean):
             raise ValueError(
                 f"nap was fitted to {len(nap.mean)} differences; pathway {pathway!r} of this model has {d.shape[1]}"
@@ -295,30 +301,43 @@ def _wide(rows: Tensor) -> torch.dtype:
     return torch.float32 if rows.device.type == "mps" else torch.float64
 
 
-def _reconstructor(model: Autoencoder, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """:func:`reconstruct` of the model as it is now, through its frozen scorer where there is one."""
+def pathway_scorer(model: Autoencoder, pathway: str, options: dict[str, Any]) -> Scorer | None:
+    """The model's frozen scorer as it is now, if there is one that goes the pathway in one native call."""
+    scorer = _native_scorer(model, options)
+    return scorer if scorer is not None and pathway in scorer.pathways else None
+
+
+def _native_scorer(model: Autoencoder, options: dict[str, Any]) -> Scorer | None:
     device = options.get("device")
     at = next(model.parameters()).device if device is None else torch.device(device)
-    scorer = frozen(model, options.get("precision", "auto")) if at.type == "cpu" else None
+    return frozen(model, options.get("precision", "auto")) if at.type == "cpu" else None
+
+
+def _reconstructor(model: Autoencoder, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """:func:`reconstruct` of the model as it is now, through its frozen scorer where there is one."""
+    scorer = _native_scorer(model, options)
     if scorer is None:
         return lambda rows: reconstruct(model, rows)
     return lambda rows: cast(Tensor, scorer.detailed(rows, reconstruction=True).reconstruction)
 
 
-def _concatenated(model: Autoencoder, rows: Tensor, x_hat: Tensor, pathway: str, include_input: bool) -> Tensor:
-    d = torch.cat([part.to(rows.dtype) for part in differences(model, rows, x_hat, pathway, include_input)], 1)
-    return d.cpu() if d.device.type == "mps" else d  # no fp64 there
-
-
-def _side_by_side(
-    model: Autoencoder, x: Any, pathway: str, include_input: bool, options: dict[str, Any]
-) -> NDArray[np.float64]:
+def _observer(
+    model: Autoencoder, pathway: str, include_input: bool, options: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """Rows to their differences, place beside place."""
+    scorer = pathway_scorer(model, pathway, options)
+    if scorer is not None:
+        return lambda rows: cast(
+            Tensor, scorer.pathway(rows, pathway, include_input=include_input, differences=True).differences
+        )
     x_hat = _reconstructor(model, options)
 
-    def function(rows: Tensor) -> Tensor:
-        return _concatenated(model, rows, x_hat(rows), pathway, include_input)
+    def observe(rows: Tensor) -> Tensor:
+        found = differences(model, rows, x_hat(rows), pathway, include_input)
+        d = torch.cat([part.to(rows.dtype) for part in found], 1)
+        return d.cpu() if d.device.type == "mps" else d  # no fp64 there
 
-    return map_rows(model, x, function, batch_size=TILE, row_tile=TILE, **options)
+    return observe
 
 
 def _scored(

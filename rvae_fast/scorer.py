@@ -1,21 +1,12 @@
 """A trained model frozen into a scorer: BatchNorms folded, weights packed once, rows to scores in one native call.
 
-The program of a frozen network is a list of steps. The first loads the rows; every other one is a linear layer with
-what follows it::
-
-    y = input W^T + b (+ stream)      add       the residual connection
-    y = act(y)                        first     post-activation units and plain layers
-    stream = y                        store     where a residual unit starts
-    next input = act(y * scale + shift)         the next BatchNorm, where the stream's own value is needed as well
-
-A BatchNorm that reads a layer's output and nothing else does is folded into that layer (in fp64). The kernel is in
-``csrc/cpu/scorer.cpp``.
+What the kernels read is written by :mod:`rvae_fast._program`; they are ``csrc/cpu/scorer.cpp`` and, for
+:meth:`Scorer.pathway`, ``csrc/cpu/score_pathway.cpp``.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +14,13 @@ from torch import Tensor, nn
 
 from rvae_fast import _native
 from rvae_fast._activations import ACTIVATIONS, Activation
+from rvae_fast._program import steps_of, write
+from rvae_fast._taps import COVERED, taps
+from rvae_fast._validation import check_choice
 from rvae_fast.models import MODELS, Autoencoder
 from rvae_fast.nn import ResidualBlock, ResidualStack, Transition
 from rvae_fast.ops.residual_stack import HAS_BF16_PRODUCTS
+from rvae_fast.pathway import PATHWAYS, differences, reconstruct
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -35,11 +30,15 @@ _library.define(
     "float high, str likelihood, int activation, float negative_slope, bool bf16, bool want_kld, bool want_latent, "
     "bool want_reconstruction, bool want_feature_error) -> Tensor[]"
 )
-_library.define("score_pack(Tensor[] weights, bool bf16) -> Tensor")
+_library.define(
+    "score_pathway(Tensor x, Tensor program, Tensor weights, Tensor vectors, Tensor taps, int latent, "
+    "bool variational, float low, float high, str likelihood, int activation, float negative_slope, bool bf16, "
+    "bool include_input, bool want_latent, bool want_differences) -> Tensor[]"
+)
 _library.define("score_products(Tensor program, Tensor weights, int rows, bool bf16) -> ()")
 _library.define("score_state(Tensor[] tensors) -> int")
 _score_op = torch.ops.rvae_fast.score.default
-_pack_op = torch.ops.rvae_fast.score_pack.default
+_pathway_op = torch.ops.rvae_fast.score_pathway.default
 
 _HAS_KERNELS: bool = _native.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
     "rvae_fast::score", "CPU"
@@ -63,26 +62,17 @@ class Scores(NamedTuple):
     feature_error: Tensor | None
 
 
-@dataclass
-class _Step:
-    """One step; vectors, and weights once something is folded into them, are fp64 until the program is written."""
+class PathwayScores(NamedTuple):
+    """What :meth:`Scorer.pathway` returns for rows ``[batch, in_features]``; None where not asked for."""
 
-    width: int
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    add: bool = False
-    first: bool = False
-    store: bool = False
-    last: bool = False
-    is_code: bool = False
-
-    def fold(self, scale: Tensor, shift: Tensor) -> None:
-        """Append ``y * scale + shift`` to the layer."""
-        assert self.weight is not None
-        bias = torch.zeros_like(shift) if self.bias is None else self.bias
-        self.weight, self.bias = scale[:, None] * self.weight, scale * bias + shift
+    #: Reconstruction error of each row, summed over features ``[batch]`` fp32.
+    error: Tensor
+    #: The code, for a VAE the mean of its posterior ``[batch, latent_features]`` fp32.
+    latent: Tensor | None
+    #: SAP: the squared differences, summed ``[batch]`` fp64.
+    sap: Tensor
+    #: The differences, place beside place ``[batch, D]`` fp32.
+    differences: Tensor | None
 
 
 class Scorer:
@@ -93,6 +83,8 @@ class Scorer:
     in_features, latent_features : int
     precision : {"fp32", "bf16"}
         Of the products; scores and sums are fp32.
+    pathways : tuple of str
+        Those of :data:`rvae_fast.pathway.PATHWAYS` that :meth:`pathway` goes.
     backend : {"native", "reference"}
         ``"reference"`` where the native kernels do not cover the model (no native module, fp64 parameters): a copy of
         the model then scores in plain PyTorch.
@@ -110,13 +102,14 @@ class Scorer:
         self._likelihood = model.likelihood
         self._model: Autoencoder | None = None
         if not _covers(model):
-            self.backend = "reference"
+            self.backend, self.pathways = "reference", tuple(PATHWAYS)
             self._model = copy.deepcopy(model).eval().requires_grad_(False)
             return
-        self.backend = "native"
+        self.backend, self.pathways = "native", COVERED
         config = model.config()
-        program, weights, vectors = _write(_steps(model), precision == "bf16")
+        program, weights, vectors = write(steps_of(model), precision == "bf16")
         self._program = (program, weights, vectors)
+        self._taps = {name: taps(model, name) for name in COVERED}
         self._options = (
             model.latent_features, model.is_variational, *config["logvar_range"], model.likelihood,
             ACTIVATIONS.index(config["activation"]), config["negative_slope"], precision == "bf16",
@@ -159,6 +152,54 @@ class Scorer:
         TypeError, ValueError
             If ``x`` is not a floating-point tensor ``[batch, in_features]`` on the CPU.
         """
+        self._check(x)
+        if self._model is not None:
+            return self._by_reference(x, kld, latent, reconstruction, feature_error)
+        wanted = (kld, latent, reconstruction, feature_error)
+        error, *others = _score_op(x, *self._program, *self._options, *wanted)
+        return Scores(error, *(t if asked else None for t, asked in zip(others, wanted, strict=True)))
+
+    @torch.no_grad()
+    def pathway(
+        self,
+        x: Tensor,
+        pathway: str = "stages",
+        *,
+        include_input: bool = True,
+        latent: bool = False,
+        differences: bool = False,
+    ) -> PathwayScores:
+        """Compare rows with their reconstructions inside the encoder, see :func:`rvae_fast.pathway.differences`.
+
+        One call takes a tile of rows through the network and what comes out through the encoder once more; the first
+        pass gives the error and the rows' own side of the comparison.
+
+        Parameters
+        ----------
+        x : Tensor [batch, in_features]
+            Floating point; computed in fp32.
+        pathway : str, default "stages"
+            One of :attr:`pathways`.
+        include_input : bool, default True
+            Whether the reconstruction's difference from the row itself comes first.
+        latent, differences : bool, default False
+            Whether they are wanted.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`detailed`; also for another pathway.
+        """
+        self._check(x)
+        check_choice("pathway", pathway, self.pathways)
+        if self._model is not None:
+            return self._pathway_by_reference(x, pathway, include_input, latent, differences)
+        error, code, sap, written = _pathway_op(
+            x, *self._program, self._taps[pathway], *self._options, include_input, latent, differences
+        )
+        return PathwayScores(error, code if latent else None, sap, written if differences else None)
+
+    def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating-point torch.Tensor, got {got}")
@@ -166,11 +207,21 @@ class Scorer:
             raise ValueError(f"x must have shape [batch, {self.in_features}], got {list(x.shape)}")
         if x.device.type != "cpu":
             raise ValueError(f"x must be on the CPU, where the scorer is, got {x.device}")
-        if self._model is not None:
-            return self._by_reference(x, kld, latent, reconstruction, feature_error)
-        wanted = (kld, latent, reconstruction, feature_error)
-        error, *others = _score_op(x, *self._program, *self._options, *wanted)
-        return Scores(error, *(t if asked else None for t, asked in zip(others, wanted, strict=True)))
+
+    def _pathway_by_reference(
+        self, x: Tensor, pathway: str, include_input: bool, latent: bool, want_differences: bool
+    ) -> PathwayScores:
+        model = self._model
+        assert model is not None
+        x = x.to(next(model.parameters()).dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+            error, _ = model.loss_terms(x)
+            code = model.encode(x)
+            found = [d.float() for d in differences(model, x, reconstruct(model, x), pathway, include_input)]
+        mean = code[0] if isinstance(code, tuple) else code
+        beside = torch.cat(found, 1)
+        sap = beside.double().square().sum(1)
+        return PathwayScores(error.float(), mean.float() if latent else None, sap, beside if want_differences else None)
 
     def _by_reference(self, x: Tensor, kld: bool, latent: bool, reconstruction: bool, feature_error: bool) -> Scores:
         model = self._model
@@ -279,96 +330,3 @@ _LAYERS = (nn.Linear, Transition, nn.BatchNorm1d)
 
 def _has(module: nn.Module, options: dict[str, Any]) -> bool:
     return all(getattr(module, name) == value for name, value in options.items())
-
-
-# --- from modules to steps ---
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in eval as ``x * scale + shift``, in fp64."""
-    scale = 1.0 / torch.sqrt(_double(norm.running_var) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * _double(norm.weight)
-    shift = -_double(norm.running_mean) * scale
-    return scale, shift if norm.bias is None else shift + _double(norm.bias)
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
-
-
-def _linear(linear: Any) -> _Step:
-    bias = None if linear.bias is None else _double(linear.bias)
-    return _Step(linear.weight.shape[0], linear.weight.detach().cpu(), bias)
-
-
-def _append_unit(steps: list[_Step], block: Any) -> None:
-    steps[-1].store = True
-    for k, (norm, linear) in enumerate(zip(block.norms, block.linears, strict=True)):
-        before, layer = steps[-1], _linear(linear)
-        if block.order == "pre":
-            if k == 0:  # reads the stream, whose own value the addition needs
-                before.scale, before.shift = _affine(norm)
-            else:
-                before.fold(*_affine(norm))
-            before.last = True
-        else:
-            layer.fold(*_affine(norm))
-            layer.first = True
-        steps.append(layer)
-    steps[-1].add = True
-
-
-@torch.no_grad()
-def _steps(model: Autoencoder) -> list[_Step]:
-    steps = [_Step(model.in_features)]
-    for part in (model.encoder, model.decoder):
-        for module in part:
-            if isinstance(module, ResidualStack):
-                for block in module:
-                    _append_unit(steps, block)
-            elif isinstance(module, nn.Linear):
-                steps.append(_linear(module))
-            elif isinstance(module, nn.BatchNorm1d):
-                steps[-1].fold(*_affine(module))
-            else:
-                steps[-1].first = True
-        if part is model.encoder:
-            steps[-1].is_code = True
-    return steps
-
-
-# --- from steps to what the kernel reads ---
-
-
-def _write(steps: list[_Step], bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The program [steps, 11], the packed weights, and the vectors, each padded with zeros to whole panels of 32."""
-    rows: list[list[int]] = []
-    weights: list[Tensor] = []
-    vectors: list[Tensor] = []
-    sizes = [0, 0]
-
-    def put(vector: Tensor | None) -> int:
-        if vector is None:
-            return -1
-        start = sizes[1]
-        vectors.append(nn.functional.pad(vector.float(), (0, -len(vector) % 32)))
-        sizes[1] += len(vectors[-1])
-        return start
-
-    for step in steps:
-        reads, weight = 0, -1
-        if step.weight is not None:
-            reads, weight = step.weight.shape[1], sizes[0]
-            weights.append(step.weight.float())
-            sizes[0] += _packed_words(weights[-1], bf16)
-        flags = (step.add, step.first, step.store, step.last, step.is_code)
-        offsets = (put(step.bias), put(step.scale), put(step.shift))
-        rows.append([reads, step.width, weight, *offsets, *(int(flag) for flag in flags)])
-    return torch.tensor(rows), _pack_op(weights, bf16), torch.cat(vectors) if vectors else torch.zeros(0)
-
-
-def _packed_words(weight: Tensor, bf16: bool) -> int:
-    """32-bit words of a packed weight ``[out, in]``: panels of 32 outputs, each whole lines of 16 along ``in``."""
-    reduced = -(-weight.shape[1] // 2) if bf16 else weight.shape[1]
-    return -(-weight.shape[0] // 32) * 32 * (reduced + -reduced % 16)

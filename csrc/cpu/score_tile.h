@@ -1,0 +1,195 @@
+// A frozen network as the native kernels see it, and what a thread needs to take a tile of rows through it.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <string_view>
+#include <vector>
+
+#include "cpu/stack_pass.h"
+
+namespace rvae::cpu::stack {
+
+// A row of the program. The first step has no product: it loads the input. Offsets are -1 where there is nothing.
+enum Field : int64_t {
+  kIn, kOut, kWeight, kBias, kScale, kShift, kAddStream, kActivateFirst, kStoreStream, kActivateLast, kIsCode, kFields
+};
+
+struct Network {
+  const int64_t* program;
+  int64_t steps;
+  const uint32_t* weights;
+  const float* vectors;
+  int64_t in_features, latent;
+  bool variational;
+  double low, high;
+  int likelihood;
+  Activation activation;
+  float slope;
+  Kind kind;
+
+  int64_t field(int64_t step, Field f) const { return program[step * kFields + f]; }
+  const float* vector(int64_t step, Field f) const { return field(step, f) < 0 ? nullptr : vectors + field(step, f); }
+};
+
+// The network that a program, its weights and vectors are (rvae_fast/scorer.py makes them), checked.
+Network make_network(const at::Tensor& program, const at::Tensor& weights, const at::Tensor& vectors, int64_t latent,
+                     bool variational, double low, double high, std::string_view likelihood, int64_t activation, double slope,
+                     bool bf16);
+
+// strip[rows, 32] = operand[rows, reduced] * panel[reduced, 32]; there is room for four rows more than there are. What it
+// computes for a row does not depend on the others.
+void score_product(Kind kind, int64_t rows, int64_t reduced, const void* operand, int64_t ld, const uint32_t* panel, float* strip);
+
+// Whether this process is a fork's child: OpenMP's threads are gone, its next parallel region would wait for them for ever.
+bool is_forked();
+
+// As Partition::for_chunks; a forked child does all by itself.
+template <class F>
+void for_chunks(const Partition& part, F f) {
+  if (!is_forked()) return part.for_chunks(f);
+  for (int64_t chunk = 0; chunk < part.chunks; ++chunk) f(chunk);
+}
+
+struct Outputs {
+  float *error, *kld, *latent, *reconstruction, *feature_error;  // nullptr where not asked for; `error` always
+};
+
+// A value of a pass that is kept: of one step, before its addition and activation or behind them, its first `width` columns.
+// They go to `column` and on; -1 for a step of which nothing is.
+struct Tap {
+  int64_t column = -1, width = 0;
+  bool before = false;
+};
+
+struct Taps {
+  const Tap* of_step;
+  float* to;  // a row for each row of the tile
+  int64_t ld;
+};
+
+// What one thread needs for a tile.
+class Tile {
+ public:
+  Tile(const Network& network, int64_t rows) : n_(network) {
+    int64_t widest = 0;
+    for (int64_t s = 0; s < n_.steps; ++s) widest = std::max(widest, n_.field(s, kOut));
+    stride_ = round_up(widest, kPanel) + 32;  // off the powers of two
+    for (auto& offset : operands_) offset = scratch_.add(rows * stride_ * size_of(n_.kind));
+    stream_ = scratch_.add(rows * stride_ * 4);
+    strip_ = scratch_.add(rows * kPanel * 4);
+    code_ = scratch_.add(rows * stride_ * 4);
+    scratch_.allocate();
+    // Rows that pad a tile take part in products: let them be numbers.
+    for (const auto offset : operands_) std::memset(scratch_.get<char>(offset), 0, rows * stride_ * size_of(n_.kind));
+  }
+
+  // The products alone, of whatever is in the operands: what a benchmark holds the rest against.
+  void run_products(int64_t rows) {
+    for (int64_t s = 1; s < n_.steps; ++s) {
+      const int64_t in = n_.field(s, kIn), reduced = n_.kind == Kind::f32 ? in : round_up(in, 2);
+      for (int64_t panel = 0; panel * kPanel < n_.field(s, kOut); ++panel) {
+        score_product(n_.kind, rows, reduced, scratch_.get<char>(operands_[(s + 1) % 2]), stride_,
+                n_.weights + n_.field(s, kWeight) + panel * panel_words(in, n_.kind), scratch_.get<float>(strip_));
+      }
+    }
+  }
+
+  void run(const float* x, int64_t rows, const Outputs& out, const Taps* taps = nullptr) {
+    for (int64_t r = 0; r < rows; ++r) out.error[r] = 0.0f;
+    for (int64_t s = 0; s < n_.steps; ++s) step(s, x, rows, out, taps);
+  }
+
+  // As far as the code.
+  void run_encoder(const float* x, int64_t rows, const Taps& taps) {
+    for (int64_t s = 0; s < n_.steps; ++s) {
+      step(s, x, rows, {}, &taps);
+      if (n_.field(s, kIsCode) != 0) return;
+    }
+  }
+
+ private:
+  void step(int64_t s, const float* x, int64_t rows, const Outputs& out, const Taps* taps) {
+    const Kernels& k = kernels();
+    const int64_t in = n_.field(s, kIn), width = n_.field(s, kOut);
+    const bool loads = n_.field(s, kWeight) < 0, last = s + 1 == n_.steps, is_code = n_.field(s, kIsCode) != 0;
+    const int64_t reduced = n_.kind == Kind::f32 ? in : round_up(in, 2);
+    const char* operand = scratch_.get<char>(operands_[(s + 1) % 2]);
+    char* next = scratch_.get<char>(operands_[s % 2]);
+    float* strip = scratch_.get<float>(strip_);
+    float* code = scratch_.get<float>(code_);
+    ScoreStep p{};
+    p.rows = rows;
+    p.strip = strip;
+    p.ld_stream = stride_;
+    p.add_stream = n_.field(s, kAddStream) != 0;
+    p.activate_first = n_.field(s, kActivateFirst) != 0;
+    p.store_stream = n_.field(s, kStoreStream) != 0;
+    p.activate_last = n_.field(s, kActivateLast) != 0;
+    const Tap tap = taps == nullptr ? Tap{} : taps->of_step[s];
+    const auto keep = [&](int64_t column, const float* bias) {
+      const int64_t columns = std::min(kPanel, tap.width - column);
+      for (int64_t r = 0; r < rows && columns > 0; ++r) {
+        float* const to = taps->to + r * taps->ld + tap.column + column;
+        for (int64_t c = 0; c < columns; ++c) to[c] = strip[r * kPanel + c] + (bias == nullptr ? 0.0f : bias[c]);
+      }
+    };
+    p.store_strip = last || is_code || (tap.column >= 0 && !tap.before);
+    p.activation = n_.activation;
+    p.slope = n_.slope;
+    p.ld_operand = stride_;
+    const auto at = [](const float* vector, int64_t column) { return vector == nullptr ? nullptr : vector + column; };
+    for (int64_t column = 0; column < width; column += kPanel) {
+      const int64_t columns = std::min(kPanel, width - column);
+      if (loads) {
+        k.load_strip({x + column, Kind::f32}, rows, columns, width, strip);
+      } else {
+        const uint32_t* panel = n_.weights + n_.field(s, kWeight) + column / kPanel * panel_words(in, n_.kind);
+        score_product(n_.kind, rows, reduced, operand, stride_, panel, strip);
+      }
+      p.bias = at(n_.vector(s, kBias), column);
+      p.scale = at(n_.vector(s, kScale), column);
+      p.shift = at(n_.vector(s, kShift), column);
+      p.stream = scratch_.get<float>(stream_) + column;
+      p.operand = {last ? nullptr : next + column * size_of(n_.kind), n_.kind};
+      if (tap.column >= 0 && tap.before) keep(column, p.bias);
+      k.score_step(p);
+      if (tap.column >= 0 && !tap.before) keep(column, nullptr);
+      if (is_code) {
+        for (int64_t r = 0; r < rows; ++r) std::memcpy(code + r * stride_ + column, strip + r * kPanel, columns * 4);
+      }
+      if (last) {
+        const auto place = [&](float* m) { return m == nullptr ? nullptr : m + column; };
+        k.score_error({rows, columns, width, strip, x + column, n_.likelihood, out.error, place(out.feature_error),
+                       place(out.reconstruction)});
+      }
+    }
+    if (is_code) read_code(code, rows, out);
+  }
+
+  // The log variance is bounded as in rvae_fast.models.Autoencoder._encode.
+  void read_code(const float* code, int64_t rows, const Outputs& out) const {
+    const auto softplus = [](double v) { return v > 20.0 ? v : std::log1p(std::exp(v)); };
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* mu = code + r * stride_;
+      if (out.latent != nullptr) std::memcpy(out.latent + r * n_.latent, mu, n_.latent * 4);
+      if (out.kld == nullptr) continue;
+      double kld = 0.0;
+      for (int64_t c = 0; n_.variational && c < n_.latent; ++c) {
+        double logvar = n_.high - softplus(n_.high - mu[n_.latent + c]);
+        logvar = n_.low + softplus(logvar - n_.low);
+        kld += 0.5 * (static_cast<double>(mu[c]) * mu[c] + std::expm1(logvar) - logvar);
+      }
+      out.kld[r] = static_cast<float>(kld);
+    }
+  }
+
+  const Network& n_;
+  Scratch scratch_;
+  int64_t stride_, operands_[2], stream_, strip_, code_;
+};
+
+}  // namespace rvae::cpu::stack
