@@ -17,7 +17,7 @@ rows given to :func:`fit_local`. Nothing else is learnt, and no anomaly is neede
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -75,6 +75,22 @@ class Local:
     scale: NDArray[np.float64]
     floors: NDArray[np.float64]
     neighbours: int
+
+    def scorer(self) -> Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]:
+        """Scores ``[n]`` fp64 of errors ``[n]``, codes and differences at the places, as a function on the CPU."""
+        naps = [nap.scorer(torch.device("cpu")) for nap in self.naps]
+        codes, log_errors = torch.from_numpy(self.codes), torch.from_numpy(self.log_errors)
+        center, scale, floors = (torch.from_numpy(a) for a in (self.center, self.scale, self.floors))
+
+        def score(errors: Tensor, code: Tensor, differences: Sequence[Tensor]) -> Tensor:
+            errors, code, *there = (t.double().cpu() for t in (errors, code, *differences))
+            values = torch.stack([errors, *(nap(d) for nap, d in zip(naps, there, strict=True))], 1)
+            logs = torch.log(torch.maximum(values, floors))
+            nearest = _squared_distances(code, codes).topk(self.neighbours, largest=False).indices
+            logs[:, 0] -= log_errors[nearest].mean(1)
+            return ((logs - center) / scale).sum(1)
+
+        return score
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All of it as arrays by name, to be saved."""
@@ -243,18 +259,10 @@ def local_parts(model: Autoencoder, local: Local, x: Any, **options: Any) -> Ite
     if fitted != (model.latent_features, *widths):
         own = (model.latent_features, *widths)
         raise ValueError(f"local was fitted to a code and places of widths {fitted}; this model has {own}")
-    observe = _observer(model, options)
-    scorers = [nap.scorer(torch.device("cpu")) for nap in local.naps]
-    codes, log_errors = torch.from_numpy(local.codes), torch.from_numpy(local.log_errors)
-    center, scale, floors = (torch.from_numpy(a) for a in (local.center, local.scale, local.floors))
+    observe, compare = _observer(model, options), local.scorer()
 
     def score(rows: Tensor) -> Tensor:
-        errors, code, differences = _split(observe(rows).double().cpu(), model.latent_features, widths)
-        values = torch.stack([errors, *(nap(d) for nap, d in zip(scorers, differences, strict=True))], 1)
-        logs = torch.log(torch.maximum(values, floors))
-        nearest = _squared_distances(code, codes).topk(local.neighbours, largest=False).indices
-        logs[:, 0] -= log_errors[nearest].mean(1)
-        return ((logs - center) / scale).sum(1)
+        return compare(*_split(observe(rows), model.latent_features, widths))
 
     for part in _parts(x):
         with in_eval(model):
@@ -286,7 +294,7 @@ def _sample(x: Any, size: int) -> NDArray[Any]:
     return np.empty((0, 0)) if rows is None else rows
 
 
-def _columns(model: Autoencoder) -> list[tuple[int, int]]:
+def columns_of(model: Autoencoder) -> list[tuple[int, int]]:
     """Of the places that count, first and last column among the differences of all places."""
     weight = next(model.parameters())
     nothing = torch.zeros(1, model.in_features, dtype=weight.dtype, device=weight.device)
@@ -298,14 +306,14 @@ def _columns(model: Autoencoder) -> list[tuple[int, int]]:
 
 def _widths(model: Autoencoder) -> list[int]:
     """Widths of the places that count."""
-    return [stop - start for start, stop in _columns(model)]
+    return [stop - start for start, stop in columns_of(model)]
 
 
 def _observer(model: Autoencoder, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Rows to their error, code and differences at the places that count, side by side."""
     scorer = pathway_scorer(model, "branches", options)
     wanted = set(places(model))
-    columns = _columns(model)
+    columns = columns_of(model)
 
     def observe(rows: Tensor) -> Tensor:
         if scorer is not None:

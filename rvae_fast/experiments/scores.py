@@ -24,10 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rvae_fast.local import fit_local, local_scores
+from rvae_fast._taps import taps
+from rvae_fast.local import columns_of, fit_local, local_scores
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.pathway import PATHWAYS, reconstruct
-from rvae_fast.rapp import fit_nap, nap_scores, sap_scores
+from rvae_fast.rapp import TILE, fit_nap, nap_scores, pathway_scorer, sap_scores
 from rvae_fast.scoring import map_rows, score_rows
 
 #: Samples of z for ``samples``.
@@ -67,10 +68,13 @@ def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation:
     -------
     dict of (ndarray [n_validation], ndarray [n_test])
     """
-    found: Scored = {}
-    validation = validation[:NORMAL_ROWS]
     for name in names:
         check_score(name)
+    validation = validation[:NORMAL_ROWS]
+    found = _together(model, names, train, validation, test)
+    for name in names:
+        if name in found:
+            continue
         kind, _, place = name.partition("/")
         where: dict[str, Any] = {"pathway": place or "stages", "include_input": not kind.endswith("-")}
         if kind in ("sap", "sap-"):
@@ -91,6 +95,50 @@ def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation:
     if "rank" in names:
         found["rank"] = _rank(list(found.values()))
     return found
+
+
+#: Scores that one pass of the frozen scorer has all it takes for.
+TOGETHER = ("reconstruction", "sap", "nap", "local")
+
+
+def _together(model: Autoencoder, names: Sequence[str], train: Any, validation: Any, test: Any) -> Scored:
+    """Those of :data:`TOGETHER` that are asked for, if they are several and the model has a native scorer."""
+    wanted = [name for name in TOGETHER if name in names]
+    scorer = pathway_scorer(model, "branches", {})
+    if scorer is None or len(wanted) < 2:
+        return {}
+    nap = fit_nap(model, train[:NAP_ROWS]) if "nap" in wanted else None
+    local = fit_local(model, train) if "local" in wanted else None
+    project = None if nap is None else nap.scorer(torch.device("cpu"))
+    compare = None if local is None else local.scorer()
+    # The branches come between the stages' places, which are taken of their steps' own values.
+    input_width = model.in_features
+    stages = [
+        (input_width + a, input_width + a + w) for _, a, w, before in taps(model, "branches").tolist() if not before
+    ]
+    stages = [(0, input_width), *stages]
+    local_columns = [(input_width + a, input_width + b) for a, b in columns_of(model)]
+
+    def score(rows: Tensor) -> Tensor:
+        seen = scorer.pathway(rows, "branches", latent=True, differences=True)
+        every, code = seen.differences, seen.latent
+        assert every is not None
+        assert code is not None
+        own = {"reconstruction": seen.error.double()}
+        along = torch.cat([every[:, a:b] for a, b in stages], 1)
+        own["sap"] = along.double().square().sum(1)
+        if project is not None:
+            own["nap"] = project(along)
+        if compare is not None:
+            own["local"] = compare(seen.error, code, [every[:, a:b] for a, b in local_columns])
+        return torch.stack([own[name] for name in wanted], 1)
+
+    both = []
+    with in_eval(model):
+        for x in (validation, test):
+            scores = map_rows(model, x, score, batch_size=TILE, row_tile=TILE)
+            both.append(np.where(np.isnan(scores), np.inf, scores))
+    return {name: (both[0][:, i], both[1][:, i]) for i, name in enumerate(wanted)}
 
 
 def _pixel(model: Autoencoder, validation: Any, test: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
