@@ -18,7 +18,7 @@ from rvae_fast import datasets
 from rvae_fast.serialization import load
 
 Run = Callable[..., Any]
-PROGRAM = (sys.executable, "-c", "from rvae_fast.cli import main; main()")
+PROGRAM = (sys.executable, "-m", "rvae_fast")
 COMMANDS = (
     ("fit",),
     ("score",),
