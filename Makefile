@@ -119,7 +119,7 @@ bench-full: $(STAMP)/install $(STAMP)/extra-bench
 	$(PY) benchmarks/readme.py
 
 # The native module with AddressSanitizer and UBSan, in a folder of its own, under the tests of the ops and of the scorer.
-SANITIZE_TESTS ?= tests/ops tests/test_scorer.py
+SANITIZE_TESTS ?= tests/ops tests/test_scorer.py tests/test_score_pathway.py tests/training/test_direct_gradients.py
 test-sanitize: $(STAMP)/install $(STAMP)/extra-test
 	RVAE_FAST_NATIVE=1 RVAE_FAST_SANITIZE=address,undefined $(PY) setup.py -q build_ext --build-lib build/sanitize
 	RVAE_FAST_NATIVE_DIR=$(CURDIR)/build/sanitize/rvae_fast ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -111,7 +111,8 @@ def _runs(rows: list[Row], data: str, model: str, folder: Path) -> list[Any]:
         if steps_file(folder, cell).exists():
             arrays = load_arrays(steps_file(folder, cell))
             for name in runs:
-                runs[name][row["variant"]] = arrays[name]
+                if len(arrays[name]):  # a run may diverge at its first step
+                    runs[name][row["variant"]] = arrays[name]
     return [
         plot_steps(
             f"explosion-{name.replace('_', '-')}-{data}-{model}",

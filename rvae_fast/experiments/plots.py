@@ -62,9 +62,10 @@ def plot_means(
             style: dict[str, Any] = {"color": getattr(theme, colour), "marker": marker, "ms": 5}
             points = values.get(series, {})
             if points:
-                xs = [at[x] + shift for x in points]
-                means = [float(np.mean(v)) for v in points.values()]
-                spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in points.values()]
+                drawn = {x: v for x, v in points.items() if np.isfinite(v).all()}  # there is no place for the infinite
+                xs = [at[x] + shift for x in drawn]
+                means = [float(np.mean(v)) for v in drawn.values()]
+                spread = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in drawn.values()]
                 line = line if joined and not classes else "none"
                 axes.errorbar(xs, means, yerr=spread, label=series, ls=line, lw=1.6, capsize=2.5, **style)
             theirs = published.get(series, {})
@@ -89,6 +90,9 @@ def plot_means(
         f"{series}: " + ", ".join(f"{x} {number(float(np.mean(v)))}" for x, v in points.items())
         for series, points in values.items()
     )
+    endless = [f"{s} at {x}" for s, points in values.items() for x, v in points.items() if not np.isfinite(v).all()]
+    if endless:
+        caption = f"{caption} Without a point, some of their runs having diverged: {', '.join(endless)}.".strip()
     hollow = " Hollow: published." if published else ""
     return render(
         draw, name=name, title=title, alt=f"{ylabel} by {xlabel}. {found}.",

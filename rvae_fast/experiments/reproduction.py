@@ -13,7 +13,7 @@ from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.experiment import EMBEDDED, VARIANTS, Experiment, Settings
 from rvae_fast.experiments.page import write_page
 from rvae_fast.experiments.store import Results
-from rvae_fast.experiments.tables import to_csv
+from rvae_fast.experiments.tables import diverged, to_csv
 from rvae_fast.experiments.work import metric_names, run_cell
 from rvae_fast.report.page import require_packages
 
@@ -153,6 +153,12 @@ def _write(
         notes = [*notes, f"{len(cells) - len(rows)} of {len(cells)} cells are not run yet."]
     if settings.variant:
         notes = [*notes, f"Variant {settings.variant}: {VARIANTS[settings.variant][0]}."]
+    if lost := diverged(rows):
+        notes = [
+            *notes,
+            f"{len(lost)} of {len(rows)} trainings diverged, their loss or gradient no longer finite: "
+            f"{'; '.join(lost)}. They count as spikes without end, and have no part in anything else.",
+        ]
     folder.mkdir(parents=True, exist_ok=True)  # the results file may be elsewhere
     found = chosen.findings(rows, settings, folder)
     for i, (heading, table) in enumerate(found.tables.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -77,6 +78,8 @@ def run(
             spent = time.perf_counter() - began
             left = spent / (done - (len(cells) - len(todo))) * (len(cells) - done)
             auroc = next((f", AUROC {v:.4f}" for k, v in metrics.items() if k.startswith("auroc_") and v), "")
+            if metrics.get("loss_ratio") == math.inf:
+                auroc = f", diverged at step {metrics['steps'] + 1}"
             say(f"{done}/{len(cells)}  {cell.label}{auroc}, {duration(metrics['seconds'])}; {duration(left)} left")
 
 

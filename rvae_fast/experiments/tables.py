@@ -23,6 +23,16 @@ def value(row: Row, name: str) -> float:
     return float(row[name]) if row.get(name) else math.nan
 
 
+def diverged(rows: Iterable[Row]) -> list[str]:
+    """The rows whose training ended at a loss or gradient that is not finite, in words."""
+    return [
+        f"{row['data']}, {row['novel']} novel, {series(row)}, {row['n_layers']} layers, seed {row['seed']}, at step "
+        f"{int(row['steps']) + 1}"
+        for row in rows
+        if math.isinf(value(row, "loss_ratio"))
+    ]
+
+
 def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """Rows whose columns (or ``series``) have these values."""
 
@@ -69,7 +79,8 @@ def summary(rows: Sequence[Row], metrics: Sequence[str], by: Sequence[str]) -> l
         for metric in metrics:
             values = np.array([v for row in members if not math.isnan(v := value(row, metric))])
             line[metric] = f"{values.mean():.4g}" if len(values) else ""
-            line[f"{metric} sd"] = f"{values.std(ddof=1):.2g}" if len(values) > 1 else ""
+            has_spread = len(values) > 1 and np.isfinite(values).all()
+            line[f"{metric} sd"] = f"{values.std(ddof=1):.2g}" if has_spread else ""
         table.append(line)
     return table
 

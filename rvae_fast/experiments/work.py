@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.scores import all_scores
 from rvae_fast.models import MODELS, Autoencoder
 from rvae_fast.scoring import score_rows
-from rvae_fast.training import History, TrainingConfig, train
+from rvae_fast.training import History, NonFiniteError, TrainingConfig, train
 
 #: What every cell records, before the AUROCs of its scores.
 METRICS = (
@@ -91,7 +92,10 @@ def run_cell(cell: Cell, folder: str | None = None, models: str | None = None) -
     Returns
     -------
     dict
-        A value for every name of :func:`metric_names`. The times count the training of a kept model too.
+        A value for every name of :func:`metric_names`. The times count the training of a kept model too. A training
+        that diverged, its loss or gradient no longer finite, is a result as well: ``norm_ratio``, ``loss_ratio`` and
+        ``max_grad_norm`` are then infinite, what it had counted up to there is as it was, and what only a trained model
+        has (its losses, its scores' AUROC) is None or absent.
     """
     from rvae_fast.report import evaluate_scores
 
@@ -106,6 +110,8 @@ def run_cell(cell: Cell, folder: str | None = None, models: str | None = None) -
     spent = {"seconds": 0.0, "cpu_seconds": 0.0}
     for member in range(cell.members):
         model, record = _trained(cell, rows, member, folder, models)
+        if math.isinf(record["loss_ratio"]):
+            return {"features": rows.shape[1], **record}
         scoring = _Clock()
         scored = all_scores(model, cell.scores, rows, validation, test, cell.seed)
         for name, (normal, tested) in scored.items():
@@ -143,9 +149,15 @@ def _trained(
     seed = cell.seed if member == 0 else _rng.derive(cell.seed, "member", member) % 2**31
     model = build(cell, rows.shape[1], seed)
     wrapped = Denoising(model, cell.noise) if cell.noise else model
-    history = train(wrapped, rows, TrainingConfig(**{"seed": seed, **cell.training}))
-    record = {**_record(history, len(rows)), **clock.spent()}
-    if models is not None:
+    diverged = False
+    try:
+        history = train(wrapped, rows, TrainingConfig(**{"seed": seed, **cell.training}))
+    except NonFiniteError as error:
+        if error.tensor == "data":
+            raise
+        history, diverged = error.history, True
+    record = {**_record(history, len(rows), diverged), **clock.spent()}
+    if models is not None and not diverged:
         kept.keep(models, cell, model, record, member)
     if cell.steps and folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -158,20 +170,20 @@ def steps_file(folder: str | Path, cell: Cell) -> Path:
     return Path(folder) / f"steps-{'-'.join(part or 'none' for part in cell.key).replace(' ', '_')}.npz"
 
 
-def _record(history: History, n_rows: int) -> dict[str, Any]:
-    last = history.epochs[-1]
+def _record(history: History, n_rows: int, diverged: bool) -> dict[str, Any]:
+    last = {} if diverged else history.epochs[-1]
     norms = history.grad_norm
     return {
         "epochs": len(history.epochs),
         "steps": len(norms),
         "train_rows": n_rows,
-        "train_loss": last["train_loss"],
-        "train_error": last["train_error"],
-        "train_kld": last["train_kld"],
-        "median_grad_norm": float(np.median(norms)),
-        "max_grad_norm": float(norms.max()),
-        "norm_ratio": spike(norms),
-        "loss_ratio": spike(history.step_loss),
+        "train_loss": last.get("train_loss"),
+        "train_error": last.get("train_error"),
+        "train_kld": last.get("train_kld"),
+        "median_grad_norm": float(np.median(norms)) if len(norms) else None,
+        "max_grad_norm": math.inf if diverged else float(norms.max()),
+        "norm_ratio": math.inf if diverged else spike(norms),
+        "loss_ratio": math.inf if diverged else spike(history.step_loss),
         "precision": history.precision,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.claims import Claim
 from rvae_fast.experiments.experiment import Settings
 from rvae_fast.experiments.page import Findings, write_page
-from rvae_fast.experiments.tables import summary, to_csv
+from rvae_fast.experiments.tables import diverged, summary, to_csv
 from rvae_fast.experiments.work import steps_file
 
 from .conftest import row
@@ -94,6 +95,31 @@ def test_explosion(spikes: bool, folder: Path) -> None:
     assert [claim.held for claim in claims.values()] == [not spikes] * 3
     pictures = by_name("explosion").findings(rows, Settings(data=("mnist",), seeds=1), folder).pictures
     assert {p.name for p in pictures} == {f"explosion-{n}-mnist-RVAE" for n in ("spikes", "grad-norm", "loss")}
+
+
+def test_explosion_of_runs_that_diverged(folder: Path) -> None:
+    rows = []
+    for cure, depth, ratio in (("unclipped", 10, math.inf), ("unclipped", 80, 4.0), ("defaults", 80, 2.0)):
+        name: dict[str, Any] = {"model": "RVAE", "order": "pre", "novel": "0", "n_layers": depth, "variant": cure}
+        metrics = {
+            "norm_ratio": ratio,
+            "loss_ratio": ratio,
+            "median_grad_norm": 1.0,
+            "max_grad_norm": ratio,
+            "steps": 6,
+        }
+        trained = {} if math.isinf(ratio) else {"train_loss": 30.0, "auroc_reconstruction": 0.9}
+        rows.append(row(**name, **metrics, **trained, steps=6))
+        folder.mkdir(exist_ok=True)
+        steps = np.ones(0 if math.isinf(ratio) else 50)
+        store_arrays(steps_file(folder, Cell(data="mnist", seed=0, **name)), {"loss": steps, "grad_norm": steps})
+    claims = found("explosion", rows, folder)
+    assert all(claim.held for claim in claims.values())
+    made = by_name("explosion").findings(rows, Settings(data=("mnist",), seeds=1), folder)
+    spikes = next(p for p in made.pictures if p.name == "explosion-spikes-mnist-RVAE")
+    assert "Without a point, some of their runs having diverged: unclipped at 10." in spikes.caption
+    assert made.tables["By cure and depth"][0]["norm_ratio"] == "inf"
+    assert diverged(rows) == ["mnist, 0 novel, RVAE pre unclipped, 10 layers, seed 0, at step 7"]
 
 
 @pytest.mark.parametrize("good", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from rvae_fast.datasets.cache import load_arrays
 from rvae_fast.experiments import scores
 from rvae_fast.experiments.experiment import VARIANTS, Settings
+from rvae_fast.experiments.runner import run
 from rvae_fast.experiments.scores import all_scores
+from rvae_fast.experiments.store import Results
 from rvae_fast.experiments.work import metric_names, run_cell, spike, steps_file
 from rvae_fast.models import RVAE, VAE
 
@@ -57,6 +60,23 @@ def test_variants_change_every_cell() -> None:
         assert varied.network.items() >= cells[0].network.items()
     (varied,) = Settings(data=("digits",), seeds=1, variant="kl-warm-up").vary([cell(training={"epochs": 8})])
     assert varied.training["kld_warmup_epochs"] == 4.0
+
+
+def test_a_training_that_diverges_is_a_result(tmp_path: Path) -> None:
+    wild = {"epochs": 3, "batch_size": 64, "learning_rate": 1e30, "max_grad_norm": None, "precision": "fp32"}
+    own = cell(training=wild, steps=True, scores=("reconstruction",))
+    found = run_cell(own, str(tmp_path), str(tmp_path / "models"))
+    assert (found["norm_ratio"], found["loss_ratio"], found["max_grad_norm"]) == (math.inf, math.inf, math.inf)
+    assert found["train_loss"] is None
+    assert "auroc_reconstruction" not in found
+    assert found["epochs"] < 3
+    assert len(load_arrays(steps_file(tmp_path, own))["loss"]) == found["steps"]
+    assert not (tmp_path / "models").exists()  # nothing was trained
+    table, said = Results(tmp_path / "results.csv", metric_names(own.scores)), []
+    run([own], table, say=said.append)
+    assert f"diverged at step {found['steps'] + 1}" in said[-1]
+    assert table.of([own])[0]["loss_ratio"] == "inf"
+    assert table.of([own])[0]["auroc_reconstruction"] == ""
 
 
 @pytest.mark.parametrize(
