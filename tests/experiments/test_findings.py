@@ -101,13 +101,7 @@ def test_explosion_of_runs_that_diverged(folder: Path) -> None:
     rows = []
     for cure, depth, ratio in (("unclipped", 10, math.inf), ("unclipped", 80, 4.0), ("defaults", 80, 2.0)):
         name: dict[str, Any] = {"model": "RVAE", "order": "pre", "novel": "0", "n_layers": depth, "variant": cure}
-        metrics = {
-            "norm_ratio": ratio,
-            "loss_ratio": ratio,
-            "median_grad_norm": 1.0,
-            "max_grad_norm": ratio,
-            "steps": 6,
-        }
+        metrics = {"norm_ratio": ratio, "loss_ratio": ratio, "median_grad_norm": 1.0, "max_grad_norm": ratio}
         trained = {} if math.isinf(ratio) else {"train_loss": 30.0, "auroc_reconstruction": 0.9}
         rows.append(row(**name, **metrics, **trained, steps=6))
         folder.mkdir(exist_ok=True)
