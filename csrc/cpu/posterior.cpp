@@ -1,10 +1,14 @@
-// The posterior on the CPU: checks, choice of kernel, threads. The arithmetic is in posterior_kernels_impl.h.
+// rvae_fast::posterior and its backward on the CPU: checks, choice of kernel, threads. The arithmetic is in posterior_kernels_impl.h.
 #include "cpu/posterior.h"
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
+#include <tuple>
+#include <utility>
 
 #include "cpu/cpu_features.h"
 #include "cpu/posterior_kernels.h"
@@ -45,8 +49,8 @@ Posterior posterior(const at::Tensor& code, const at::Tensor& noise, double low,
   TORCH_CHECK_VALUE(low < high, "posterior: low must be below high, got ", low, " and ", high);
 
   const at::Tensor rows = code.stride(1) == 1 ? code : code.contiguous(), numbers = noise.contiguous();
-  const auto make = [&] { return at::empty({batch, latent}, numbers.options()); };
-  Posterior out{make(), make(), make(), keep ? make() : at::Tensor(), keep ? make() : at::Tensor()};
+  const auto make = [&](bool wanted = true) { return at::empty({wanted ? batch : 0, latent}, numbers.options()); };
+  Posterior out{make(), make(), make(), make(keep), make(keep)};
   if (batch == 0) return out;
   const Forward args{rows.const_data_ptr(),
                      rows.stride(0),
@@ -76,6 +80,29 @@ at::Tensor posterior_gradient(const at::Tensor& of_z, const at::Tensor& of_mu, c
   const BackwardFn run = kernels().backward(dtype_of(dtype));
   at::parallel_for(0, batch, rows_per_task(latent), [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return out;
+}
+
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& code, const at::Tensor& noise,
+                                                                               double low, double high, bool keep) {
+  Posterior out = posterior(code, noise, low, high, keep);
+  return {std::move(out.mu), std::move(out.logvar), std::move(out.z), std::move(out.slope), std::move(out.spread)};
+}
+
+at::Tensor backward(const OptionalTensor& of_mu, const OptionalTensor& of_logvar, const OptionalTensor& of_z,
+                    const at::Tensor& slope, const at::Tensor& spread, at::ScalarType dtype) {
+  const auto or_undefined = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
+  return posterior_gradient(or_undefined(of_z), or_undefined(of_mu), or_undefined(of_logvar), slope, spread, dtype);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rvae_fast, CPU, m) {
+  m.impl("posterior", forward);
+  m.impl("posterior_backward", backward);
 }
 
 }  // namespace rvae::cpu::posterior

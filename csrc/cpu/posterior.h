@@ -8,7 +8,7 @@ namespace rvae::cpu::posterior {
 // Each [batch, latent] fp32.
 struct Posterior {
   at::Tensor mu, logvar, z;
-  at::Tensor slope, spread;  // for the backward; undefined unless kept
+  at::Tensor slope, spread;  // for the backward; empty unless kept
 };
 
 // code: [batch, 2 * latent] fp32 or bf16, the means and then the raw log variances; noise: [batch, latent] fp32.

@@ -1,10 +1,13 @@
-// posterior_train: the posterior as one node of the autograd graph, for eager training; see posterior.h.
+// posterior_train: the posterior as one node of the autograd graph, for eager training; see posterior.h. It calls the ops
+// through the dispatcher, so that who records ops (a dispatch mode) has these too, with the same bits.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <tuple>
 
 #include "cpu/posterior.h"
@@ -13,8 +16,26 @@ namespace rvae::cpu::posterior {
 
 namespace {
 
+using OptionalTensor = std::optional<at::Tensor>;
+
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+Posterior run_forward(const at::Tensor& code, const at::Tensor& noise, double low, double high, bool keep) {
+  using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
+                                                                                         double, double, bool);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("rvae_fast::posterior", "").typed<Forward>();
+  auto [mu, logvar, z, slope, spread] = op.call(code, noise, low, high, keep);
+  return {mu, logvar, z, slope, spread};
+}
+
+at::Tensor run_backward(const variable_list& incoming, const at::Tensor& slope, const at::Tensor& spread, at::ScalarType dtype) {
+  using Backward = at::Tensor(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
+                              const at::Tensor&, at::ScalarType);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("rvae_fast::posterior_backward", "").typed<Backward>();
+  const auto given = [&](size_t i) { return incoming[i].defined() ? OptionalTensor(incoming[i]) : std::nullopt; };
+  return op.call(given(0), given(1), given(2), slope, spread, dtype);
+}
 
 // Gradients that will be differentiated themselves: forward once more by PyTorch's ops, then backward with a graph.
 at::Tensor differentiable(const variable_list& incoming, const at::Tensor& code, const at::Tensor& noise, double low, double high) {
@@ -36,7 +57,7 @@ class Node : public torch::autograd::Function<Node> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& code, const at::Tensor& noise, double low, double high) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Posterior out = posterior(code, noise, low, high, /*keep=*/true);
+    const Posterior out = run_forward(code, noise, low, high, /*keep=*/true);
     ctx->save_for_backward({code, noise, out.slope, out.spread});
     ctx->saved_data["low"] = low;
     ctx->saved_data["high"] = high;
@@ -53,7 +74,7 @@ class Node : public torch::autograd::Function<Node> {
       result[0] = differentiable(incoming, saved[0], saved[1], data.at("low").toDouble(), data.at("high").toDouble());
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
-      result[0] = posterior_gradient(incoming[2], incoming[0], incoming[1], saved[2], saved[3], saved[0].scalar_type());
+      result[0] = run_backward(incoming, saved[2], saved[3], saved[0].scalar_type());
     }
     return result;
   }
@@ -66,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sample(const at::Tensor& code, co
     return {out[0], out[1], out[2]};
   }
   const at::AutoDispatchBelowADInplaceOrView below;
-  const Posterior out = posterior(code, noise, low, high, /*keep=*/false);
+  const Posterior out = run_forward(code, noise, low, high, /*keep=*/false);
   return {out.mu, out.logvar, out.z};
 }
 

@@ -1,4 +1,4 @@
-"""``posterior_train``: from an encoder's output to mean, log variance and sample of the posterior, one autograd node.
+"""``posterior``: from an encoder's output to mean, log variance and sample of the posterior, one autograd node.
 
 =================  ================  ==================================================================
 tensor             shape             stored between forward and backward
@@ -20,9 +20,19 @@ import torch
 from torch import Tensor
 
 from rvae_fast import _backend
-from rvae_fast.ops.residual_stack import can_skip_dispatch, transformed
+from rvae_fast.ops.residual_stack import transformed
 from rvae_fast.ops.residual_stack_op import library
 
+# Without derivatives: slope and spread, empty unless kept, are for the backward.
+library.define(
+    "posterior(Tensor code, Tensor noise, float low, float high, bool keep) "
+    "-> (Tensor mu, Tensor logvar, Tensor z, Tensor slope, Tensor spread)"
+)
+library.define(
+    "posterior_backward(Tensor? of_mu, Tensor? of_logvar, Tensor? of_z, Tensor slope, Tensor spread, ScalarType dtype) "
+    "-> Tensor"
+)
+# Both, with an autograd node in C++ (csrc/cpu/posterior_autograd.cpp): for eager calls.
 library.define(
     "posterior_train(Tensor code, Tensor noise, float low, float high) -> (Tensor mu, Tensor logvar, Tensor z)"
 )
@@ -31,13 +41,34 @@ _HAS_KERNELS: bool = torch._C._dispatch_has_kernel_for_dispatch_key("rvae_fast::
 _op = torch.ops.rvae_fast.posterior_train.default
 
 
+@torch.library.register_fake("rvae_fast::posterior", lib=library)
+def _fake_forward(code: Tensor, noise: Tensor, low: float, high: float, keep: bool) -> tuple[Tensor, ...]:
+    kept = noise.shape[0] if keep else 0
+    return (
+        *(noise.new_empty(noise.shape) for _ in range(3)),
+        *(noise.new_empty((kept, noise.shape[1])) for _ in range(2)),
+    )
+
+
+@torch.library.register_fake("rvae_fast::posterior_backward", lib=library)
+def _fake_backward(
+    of_mu: Tensor | None,
+    of_logvar: Tensor | None,
+    of_z: Tensor | None,
+    slope: Tensor,
+    spread: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return slope.new_empty((slope.shape[0], 2 * slope.shape[1]), dtype=dtype)
+
+
 def covers(code: Tensor) -> bool:
     """Whether :func:`sample_posterior` can take this ``code``, under the backend in force. It asks, and never fails."""
     if not _HAS_KERNELS or torch.compiler.is_compiling() or code.device.type != "cpu":
         return False
     if code.dtype not in (torch.float32, torch.bfloat16) or _backend.current_backend() not in ("auto", "native"):
         return False
-    return code.dim() == 2 and can_skip_dispatch([code]) and not transformed()
+    return code.dim() == 2 and type(code) in (Tensor, torch.nn.Parameter) and not transformed()
 
 
 def sample_posterior(code: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:

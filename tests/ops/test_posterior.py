@@ -223,11 +223,38 @@ def test_bad_input(error: type[Exception], message: str, arguments: tuple[Tensor
         op(torch.zeros(2, 6), torch.zeros(2, 3), 1.0, -1.0)
 
 
-class Counting(TorchDispatchMode):
-    """A dispatch mode that does nothing."""
+class Recorder(TorchDispatchMode):
+    """Keeps the names of the ops that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def test_recorders_see_the_same_kernels() -> None:
+    code, noise = inputs(5, 6, torch.bfloat16)
+    incoming = [*torch.rand(3, 5, 6)]
+    values, slopes = op(code, noise, LOW, HIGH), gradient(op, code, noise, incoming)
+    with Recorder() as recorder:
+        assert posterior.covers(code)
+        assert all(torch.equal(a, b) for a, b in zip(op(code, noise, LOW, HIGH), values, strict=True))
+        assert torch.equal(gradient(op, code, noise, incoming), slopes)
+    assert recorder.names.count("rvae_fast.posterior.default") == 2
+    assert recorder.names.count("rvae_fast.posterior_backward.default") == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype: torch.dtype) -> None:
+    code, noise = inputs(5, 6, dtype)
+    forward, backward = torch.ops.rvae_fast.posterior.default, torch.ops.rvae_fast.posterior_backward.default
+    for keep in (False, True):
+        torch.library.opcheck(forward, (code, noise, LOW, HIGH, keep))
+    *_, slope, spread = forward(code, noise, LOW, HIGH, True)
+    torch.library.opcheck(backward, (noise, None, noise, slope, spread, dtype))
 
 
 def test_what_is_covered() -> None:
@@ -239,8 +266,6 @@ def test_what_is_covered() -> None:
     assert not posterior.covers(code.to("meta"))
     assert not posterior.covers(torch.nn.Parameter(code).as_subclass(type("Own", (Tensor,), {})))
     with _backend.backend("reference"):
-        assert not posterior.covers(code)
-    with Counting():
         assert not posterior.covers(code)
     seen = []
     torch.func.grad(lambda c: (seen.append(posterior.covers(c)), c.sum())[1])(code)
