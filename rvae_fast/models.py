@@ -23,6 +23,7 @@ from rvae_fast import reference
 from rvae_fast._activations import Activation, check_activation
 from rvae_fast._architecture import plain_widths, positive_int, residual_stages
 from rvae_fast.nn import ORDERS, PlainStack, ResidualStack, Transition, check_rows
+from rvae_fast.ops import posterior
 from rvae_fast.ops.decoder_error import decoder_error
 from rvae_fast.ops.decoder_error import is_fused as has_decoder_error
 from rvae_fast.ops.reconstruction_kld import reconstruction_kld
@@ -188,22 +189,19 @@ class Autoencoder(nn.Module):
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         code = self.encoder(x)
-        if not self.is_variational:
-            return code, None
-        # The posterior is kept in fp32 under autocast: exp(logvar) in bf16 is off by up to 1.6 % at |logvar| = 8.
-        if code.dtype in (torch.bfloat16, torch.float16):
-            code = code.float()
-        mu, logvar = code.chunk(2, dim=1)
-        low, high = self._config["logvar_range"]
-        logvar = high - F.softplus(high - logvar)
-        return mu, low + F.softplus(logvar - low)
+        return reference.posterior(code, *self.logvar_range) if self.is_variational else (code, None)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
         """The decoder's raw output (logits for ``bernoulli``), mu, logvar, z, and the divergence if it came along."""
         check_rows("x", x, self.in_features)
-        mu, logvar = self._encode(x)
-        z, kld = mu, None
-        if logvar is not None and self.training:
+        if not (self.is_variational and self.training):
+            mu, logvar = self._encode(x)
+            return self.decoder(mu), mu, logvar, mu, None
+        code, kld = self.encoder(x), None
+        if posterior.covers(code):
+            mu, logvar, z = posterior.sample_posterior(code, *self.logvar_range)
+        else:
+            mu, logvar = reference.posterior(code, *self.logvar_range)
             if is_fused(mu, logvar):
                 z, kld = reparameterise(mu, logvar)
             else:

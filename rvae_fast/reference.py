@@ -23,6 +23,22 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+# --- posterior ---
+
+
+def posterior(code: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Mean and log variance of the posterior, ``[batch, latent]`` each, from a code ``[batch, 2 latent]``.
+
+    The raw log variance is kept in (``low``, ``high``) by a softplus at either end. A 16-bit code gives fp32, as under
+    autocast: exp(logvar) in bf16 is off by up to 1.6 % at abs(logvar) = 8.
+    """
+    if code.dtype in (torch.bfloat16, torch.float16):
+        code = code.float()
+    mu, raw = code.chunk(2, dim=1)
+    below = high - F.softplus(high - raw)
+    return mu, low + F.softplus(below - low)
+
+
 # --- reconstruction error and KL divergence ---
 
 

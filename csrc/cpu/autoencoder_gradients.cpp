@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/plain_stack.h"
+#include "cpu/posterior.h"
 #include "cpu/residual_stack.h"
 
 namespace rvae::cpu::stack {
@@ -131,37 +132,6 @@ std::vector<Part> make_parts(at::ArrayRef<at::Tensor> tensors, at::ArrayRef<int6
   return parts;
 }
 
-// The posterior of a variational model: mean, log variance inside (low, high), and a sample.
-class Posterior {
- public:
-  Posterior(const at::Tensor& code, double low, double high) : kind_(code.scalar_type()), low_(low), high_(high) {
-    const at::Tensor wide = code.to(at::kFloat);
-    const int64_t latent = wide.size(1) / 2;
-    mu = wide.narrow(1, 0, latent);
-    below_high_ = at::rsub(wide.narrow(1, latent, latent), high_);
-    above_low_ = at::rsub(at::softplus(below_high_), high_).sub_(low_);
-    logvar = at::softplus(above_low_).add_(low_);
-    deviation_ = at::exp(logvar * 0.5);
-    noise_ = at::randn_like(mu);
-    z = mu + deviation_ * noise_;
-  }
-
-  // The gradient of the code from those of the sample and of the divergence.
-  at::Tensor backward(const at::Tensor& of_z, const at::Tensor& of_mu, const at::Tensor& of_logvar) const {
-    at::Tensor g = (of_z * noise_).mul_(deviation_).mul_(0.5).add_(of_logvar);
-    g = at::softplus_backward(g, above_low_, 1.0, 20.0);
-    g = at::softplus_backward(g.neg_(), below_high_, 1.0, 20.0).neg_();
-    return at::cat({of_z + of_mu, g}, 1).to(kind_);
-  }
-
-  at::Tensor mu, logvar, z;
-
- private:
-  at::ScalarType kind_;
-  double low_, high_;
-  at::Tensor below_high_, above_low_, deviation_, noise_;
-};
-
 std::tuple<at::Tensor, at::Tensor> losses(const at::Tensor& x, const at::Tensor& raw, const OptionalTensor& mu,
                                           const OptionalTensor& logvar, std::string_view likelihood) {
   using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
@@ -213,11 +183,14 @@ at::Tensor autoencoder_gradients(const at::Tensor& x, at::ArrayRef<at::Tensor> t
 
   const auto all = static_cast<int64_t>(parts.size());
   const at::Tensor code = forward(x, 0, encoder_parts);
-  std::optional<Posterior> posterior;
-  if (variational) posterior.emplace(code, low, high);
-  const at::Tensor raw = forward(variational ? posterior->z : code, encoder_parts, all);
-  const OptionalTensor mu = variational ? OptionalTensor(posterior->mu) : std::nullopt;
-  const OptionalTensor logvar = variational ? OptionalTensor(posterior->logvar) : std::nullopt;
+  posterior::Posterior sampled;
+  if (variational) {
+    const at::Tensor noise = at::randn({code.size(0), code.size(1) / 2}, code.options().dtype(at::kFloat));
+    sampled = posterior::posterior(code, noise, low, high, /*keep=*/true);
+  }
+  const at::Tensor raw = forward(variational ? sampled.z : code, encoder_parts, all);
+  const OptionalTensor mu = variational ? OptionalTensor(sampled.mu) : std::nullopt;
+  const OptionalTensor logvar = variational ? OptionalTensor(sampled.logvar) : std::nullopt;
   const auto [errors, klds] = losses(x, raw, mu, logvar, likelihood);
 
   // Sums over n, not means over the batch: a shorter last batch weighs what its rows weigh.
@@ -228,7 +201,10 @@ at::Tensor autoencoder_gradients(const at::Tensor& x, at::ArrayRef<at::Tensor> t
   const OptionalTensor of_kld = variational ? OptionalTensor(column(kld_weight)) : std::nullopt;
   const auto of = loss_gradients(column(1.0), of_kld, x, raw, mu, logvar, likelihood);
   const at::Tensor of_z = backward(of[0], encoder_parts, all);
-  backward(variational ? posterior->backward(of_z, of[1], of[2]) : of_z, 0, encoder_parts);
+  const auto of_code = [&] {
+    return posterior::posterior_gradient(of_z, of[1], of[2], sampled.slope, sampled.spread, code.scalar_type());
+  };
+  backward(variational ? of_code() : of_z, 0, encoder_parts);
   return terms;
 }
 

@@ -78,8 +78,12 @@ def test_steps_are_those_of_autograd(
     # Products of PyTorch's (transitions in fp32) may round otherwise at another address, which Adam makes more of.
     bound = 1e-3 if precision == "fp32" and direct.is_residual else 1e-5
     torch.testing.assert_close(torch.tensor(history.steps), torch.tensor(expected.steps), rtol=bound, atol=bound)
+    # The gradient of a bias ahead of a norm is zero but for rounding, of which Adam makes steps as long as any; the
+    # mean that the norm takes away follows it.
+    astray = OPTIONS["learning_rate"] if bound == 1e-3 else bound
     for (key, a), b in zip(direct.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=10 * bound, atol=bound, msg=key)
+        shift = (".linears." in key and key.endswith(".bias")) or key.endswith(".running_mean")
+        torch.testing.assert_close(a, b, rtol=10 * bound, atol=astray if shift else bound, msg=key)
 
 
 def look(net: Autoencoder, x: Tensor) -> DirectGradients:
