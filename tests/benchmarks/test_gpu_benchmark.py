@@ -76,7 +76,7 @@ def test_what_matters_most_comes_first() -> None:
 
 
 class FakeWorker:
-    """Plays a script of what jobs do: a number of seconds, "hang" or "crash"."""
+    """Plays a script of what jobs do: "hang", "crash", "error", "crash after" the measurement, or be measured."""
 
     script: dict[int, Any]
     started: list[list[int]]
@@ -91,7 +91,12 @@ class FakeWorker:
             if what in ("hang", "crash"):
                 self._messages.append(what)
                 break
-            self._messages.append({"number": number, "name": "n", "variant": "v", "seconds": 1.0})
+            measured = {"number": number, "name": "n", "variant": "v", "seconds": 1.0}
+            self._messages.append({**measured, "final": False})
+            if what == "crash after":
+                self._messages.append("crash")
+                break
+            self._messages.append({**measured, **({"error": "x"} if what == "error" else {"kernels": 3})})
 
     def next(self, timeout: float) -> Any:
         message = self._messages.pop(0) if self._messages else None
@@ -128,6 +133,58 @@ def test_a_job_that_hangs_or_crashes_is_recorded_and_the_rest_goes_on(fake: type
     assert errors == {2: "stopped after 60 s", 4: "the process ended with status -9"}
     assert fake.started == [[1, 2, 3, 4, 5], [3, 4, 5], [5]]
     assert record["not_run"] == []
+
+
+def test_after_an_error_another_process_goes_on(fake: type[FakeWorker]) -> None:
+    """A lost device or a broken capture is not passed on to the next job."""
+    fake.script = {2: "error"}
+    record = run([1, 2, 3])
+    assert [(r["number"], "error" in r) for r in record["results"]] == [(1, False), (2, True), (3, False)]
+    assert fake.started == [[1, 2, 3], [3]]
+
+
+def test_what_was_timed_before_a_crash_stays(fake: type[FakeWorker]) -> None:
+    fake.script = {1: "crash after", 3: "crash after"}
+    record = run([1, 2, 3])
+    assert [(r["number"], r.get("kernels")) for r in record["results"]] == [(1, None), (2, 3), (3, None)]
+    assert not [r for r in record["results"] if "error" in r]
+    assert fake.started == [[1, 2, 3], [2, 3]]
+
+
+def test_compiles_ahead_what_takes_long_and_is_not_chosen_by_timing() -> None:
+    todo = gpu_cells.jobs()
+    ahead = [todo[n] for n in gpu_cells.compilations()]
+    assert ahead[0] == Job(gpu_cells.KEY[1], "compile reduce-overhead")
+    assert {Job(gpu_cells.KEY[i], "compile") for i in (0, 2, 5)} <= set(ahead)
+    assert not [job for job in ahead if "max-autotune" in job.variant]
+    import torch
+
+    gpu_cells.compile_job(Job(gpu_cells.shrink(ahead[0].cell), ahead[0].variant), torch.device("cpu"))
+
+
+def test_compiles_ahead_in_processes_and_says_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    commands = []
+
+    def fake_run(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, int("7" in command))
+
+    monkeypatch.setattr(bench_gpu.subprocess, "run", fake_run)
+    monkeypatch.setattr(gpu_cells, "compilations", lambda: [7, 9])
+    assert bench_gpu.compile_ahead(2, dry_run=True) == 1
+    assert sorted(c[c.index("--compile") + 1] for c in commands) == ["7", "9"]
+    assert "FAILED (1)" in capsys.readouterr().out
+
+
+def test_choices_by_timing_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.best_config").touch()
+    (tmp_path / "a" / "x.py").touch()
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    bench_gpu.forget_timings()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    bench_gpu.forget_timings()
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["x.py"]
 
 
 def test_when_the_time_is_up_what_was_measured_is_written(fake: type[FakeWorker], monkeypatch: Any) -> None:
