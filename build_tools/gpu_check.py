@@ -208,7 +208,7 @@ def measure(options: argparse.Namespace, environment: dict[str, str], began: flo
     few = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     beside = [Beside("compile ahead", [*bench, "--compile-ahead", str(COMPILERS)], {**plain, **few})]
     native = [python, "setup.py", "-q", "build_ext", "--build-lib", "build/gpu/native"]
-    if not missing({name: "" for name in ("cmake", "ninja")}):
+    if not missing(dict.fromkeys(("cmake", "ninja"), "")):
         beside += [Beside("native build", native, {**plain, "RVAE_FAST_NATIVE": "1", "MAX_JOBS": "4"})]
     try:
         # A dry run's share of a longer time is larger: the interpreter is slow.

@@ -12,6 +12,7 @@ from typing import Any
 import bench_gpu
 import gpu_cells
 import gpu_floor
+import gpu_table
 import pytest
 from gpu_cells import Cell, Job
 from gpu_floor import Roof, Work
@@ -210,7 +211,7 @@ def test_a_table_of_a_record() -> None:
             {"name": "c", "variant": "eager", "error": "OutOfMemoryError: no"},
         ],
     }
-    text = bench_gpu.summary(record)
+    text = gpu_table.summary(record)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert len({len(row) for row in rows}) == 1, "rows of unequal length"
     assert rows[2][:3] == ["c", "rvae_fast", "50.000"]
