@@ -206,10 +206,12 @@ def measure(options: argparse.Namespace, environment: dict[str, str], began: flo
         return options.total - (time.monotonic() - began)
 
     few = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    # What there is of CUDA for this machine's chip alone.
+    own = {"RVAE_FAST_NATIVE": "1", "RVAE_FAST_CUDA_ARCHITECTURES": "native", "MAX_JOBS": "4"}
     beside = [Beside("compile ahead", [*bench, "--compile-ahead", str(COMPILERS)], {**plain, **few})]
     native = [python, "setup.py", "-q", "build_ext", "--build-lib", "build/gpu/native"]
     if not missing(dict.fromkeys(("cmake", "ninja"), "")):
-        beside += [Beside("native build", native, {**plain, "RVAE_FAST_NATIVE": "1", "MAX_JOBS": "4"})]
+        beside += [Beside("native build", native, {**plain, **own})]
     try:
         # A dry run's share of a longer time is larger: the interpreter is slow.
         until = time.monotonic() + min(max(TESTS, options.total / 2) if options.dry_run else TESTS, left() - FEWEST)
