@@ -230,6 +230,45 @@ def test_a_cell_that_cannot_run_says_why() -> None:
     assert "error" in broken
 
 
+def test_a_cell_that_runs_out_of_memory_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def prepare(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(gpu_cells, "prepare", prepare)
+    result = gpu_cells.run_job(Job(Cell("train", 4, 4, 2), "eager"), torch.device("cpu"), 0.0)
+    assert result["error"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert "seconds" not in result
+
+
+def test_what_is_timed_is_reported_before_kernels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(gpu_cells, "_kernels", lambda *_: len(seen))
+    job = Job(Cell("last layer with error", 8, 4), "eager")
+    result = gpu_cells.run_job(job, torch.device("cpu"), 0.0, seen.append)
+    assert [r["seconds"] for r in seen] == [result["seconds"]]
+    assert "kernels" not in seen[0]
+    assert result["kernels"] == 1
+
+
+@pytest.mark.parametrize("workload", ["train", "stage forward", "loss forward"])
+def test_graphs_of_the_compiler_are_told_of_each_step(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a forward pass without its backward makes them record anew at every call."""
+    import torch
+
+    begun: list[str] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append("step"))
+    monkeypatch.setattr(gpu_cells, "_compiled", lambda function, *_: function)
+    for variant in gpu_cells.VARIANTS:
+        ready = gpu_cells.prepare(Job(Cell(workload, 8, 12, 2), variant), torch.device("cpu"))
+        begun.clear()
+        ready.step()
+        assert len(begun) == int("reduce-overhead" in variant or "max-autotune" in variant)
+
+
 def test_dry_run(tmp_path: Path) -> None:
     """The real script and worker: every kind of variant of one workload, and the files it leaves."""
     only = r"last layer|roofs|train, W = 128, B = 1024, 50 blocks.*(rvae_fast|rvae_fast graph)$"
