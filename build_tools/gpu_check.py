@@ -30,7 +30,7 @@ TOTAL, INSTALL, TESTS, FEWEST = 465.0, 45.0, 170.0, 30.0
 #: Seconds between the signal to end and the end, in which pytest writes its summary.
 GRACE = 6.0
 #: Processes that test, where pytest-xdist is there, and that compile ahead.
-TESTERS, COMPILERS = 5, 4
+TESTERS, COMPILERS = 8, 4
 #: What must be there, and what each is for.
 NEEDED = {
     "torch": "the tensors",
@@ -188,8 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("there is no GPU that torch can use: torch.cuda.is_available() is False (--dry-run needs none)")
         return 2
     environment = settings(options.dry_run)
-    # As an interruption: what runs beside is ended, and the link is gone.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     there = options.no_install or installed()
     with contextlib.nullcontext() if there else importable(sys.executable, environment, began, options.total):
         return measure(options, environment, began)
@@ -207,7 +205,7 @@ def measure(options: argparse.Namespace, environment: dict[str, str], began: flo
 
     few = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     # What there is of CUDA for this machine's chip alone.
-    own = {"RVAE_FAST_NATIVE": "1", "RVAE_FAST_CUDA_ARCHITECTURES": "native", "MAX_JOBS": "4"}
+    own = {"RVAE_FAST_NATIVE": "1", "RVAE_FAST_CUDA_ARCHITECTURES": "native", "MAX_JOBS": "3"}
     beside = [Beside("compile ahead", [*bench, "--compile-ahead", str(COMPILERS)], {**plain, **few})]
     native = [python, "setup.py", "-q", "build_ext", "--build-lib", "build/gpu/native"]
     if not missing(dict.fromkeys(("cmake", "ninja"), "")):
@@ -218,7 +216,8 @@ def measure(options: argparse.Namespace, environment: dict[str, str], began: flo
         if not options.no_tests:
             tests = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "tests/gpu"]
             if not options.dry_run and not missing({"xdist": ""}):
-                tests += ["-n", str(max(1, min(TESTERS, (os.cpu_count() or 1) // 2))), "--max-worker-restart", "20"]
+                testers = max(1, min(TESTERS, (os.cpu_count() or 1) // 2))
+                tests += ["-n", str(testers), "--dist", "worksteal", "--max-worker-restart", "20"]
             tests += ["-k", options.only] * bool(options.only)
             log = Path(options.out or SCRATCH).absolute() / "gpu-tests.txt"
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -240,4 +239,6 @@ def measure(options: argparse.Namespace, environment: dict[str, str], began: flo
 
 
 if __name__ == "__main__":
+    # As an interruption: what runs beside is ended, and the link is gone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
