@@ -6,6 +6,9 @@ one that hangs, crashes or compiles for too long is ended and recorded as such, 
 
 ``--dry-run`` runs everything on the CPU at toy sizes, with stand-ins for graphs and for the code generator: it proves
 the script, and its figures mean nothing.
+
+``--compile-ahead 3`` measures nothing: three processes run what the compilers of the key cells' rivals take longest
+for, so that a later run on this machine finds it in the compiler's cache.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 BEGAN = time.monotonic()  # importing torch is part of the budget
 
 import gpu_cells  # noqa: E402
-import gpu_floor  # noqa: E402
+import gpu_table  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 #: Seconds at the end that are kept for writing.
@@ -35,6 +39,11 @@ RESERVE = 2.0
 
 
 # --- the worker: jobs by number, one line of JSON each ---
+
+
+def _job(number: int, dry_run: bool) -> gpu_cells.Job:
+    job = gpu_cells.jobs()[number]
+    return gpu_cells.Job(gpu_cells.shrink(job.cell), job.variant) if dry_run else job
 
 
 def work(numbers: list[int], dry_run: bool) -> None:
@@ -46,13 +55,38 @@ def work(numbers: list[int], dry_run: bool) -> None:
     device = torch.device("cpu") if dry_run else torch.device("cuda", 0)
     todo = gpu_cells.jobs()
     for number in numbers:
-        job = todo[number]
-        if dry_run:
-            job = gpu_cells.Job(gpu_cells.shrink(job.cell), job.variant)
+        job = _job(number, dry_run)
         print(json.dumps({"start": number}), file=out, flush=True)
-        result = gpu_cells.run_job(job, device, 0.02 if dry_run else gpu_cells.TIMED)
-        result["name"] = todo[number].cell.name
-        print(json.dumps({"number": number, **result}), file=out, flush=True)
+
+        def report(result: dict[str, Any], final: bool = False, number: int = number) -> None:
+            message = {"number": number, **result, "name": todo[number].cell.name, "final": final}
+            print(json.dumps(message), file=out, flush=True)
+
+        report(gpu_cells.run_job(job, device, 0.02 if dry_run else gpu_cells.TIMED, report), final=True)
+
+
+def compile_ahead(processes: int, dry_run: bool) -> int:
+    """Compile :func:`gpu_cells.compilations`, each in a process of its own; 1 if one of them failed."""
+
+    def run(number: int) -> int:
+        began = time.monotonic()
+        command = [sys.executable, str(Path(__file__).resolve()), "--compile", str(number)] + ["--dry-run"] * dry_run
+        # In this process's group, so that what ends this one ends them.
+        status = subprocess.run(command, check=False).returncode
+        job = gpu_cells.jobs()[number]
+        how = f"compiled in {time.monotonic() - began:.0f} s" if status == 0 else f"FAILED ({status})"
+        print(f"{job.cell.name}: {job.variant}: {how}", flush=True)
+        return status
+
+    with ThreadPoolExecutor(processes) as pool:
+        return int(any(pool.map(run, gpu_cells.compilations())))
+
+
+def forget_timings() -> None:
+    """Drop what the compiler has chosen by timing: perhaps beside other work. Its code stays in its cache."""
+    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        for file in Path(folder).rglob("*.best_config"):
+            file.unlink(missing_ok=True)
 
 
 class Worker:
@@ -96,21 +130,31 @@ def measure(record: dict[str, Any], numbers: list[int], deadline: float, dry_run
         current: int | None = None
         # The first message has to wait for imports and the device.
         limit = time.monotonic() + 120.0
+        ended: str | None = None
         try:
             while True:
                 message = worker.next(min(limit, deadline) - time.monotonic())
                 if message is None:
+                    ended = f"the process ended with status {worker.stop()}"
                     break
                 if "start" in message:
                     current = message["start"]
                     limit = time.monotonic() + todo[current].limit
                     continue
-                left.remove(message["number"])
-                current = None
-                limit = time.monotonic() + 120.0
+                if message["number"] in left:
+                    left.remove(message["number"])
+                else:  # it says more than the one before
+                    record["results"].pop()
+                if message.pop("final", True):
+                    current = None
+                    limit = time.monotonic() + 120.0
                 record["results"].append(message)
                 write()
-            ended = f"the process ended with status {worker.stop()}"
+                if "error" in message:
+                    # A device error stays with its process, and a capture that broke off leaves its stream in place:
+                    # what followed in this process would fail, or be another measurement.
+                    worker.stop()
+                    break
         except queue.Empty:
             worker.stop()
             if time.monotonic() >= deadline:
@@ -118,6 +162,8 @@ def measure(record: dict[str, Any], numbers: list[int], deadline: float, dry_run
             ended = f"stopped after {todo[current].limit:.0f} s" if current is not None else "no job began"
         if not left:
             break
+        if ended is None or (current is not None and current not in left):
+            continue  # no job has failed but those that have said so, or after its measurement
         failed = left[0] if current is None else current
         job = todo[failed]
         left.remove(failed)
@@ -143,75 +189,6 @@ def facts(dry_run: bool) -> dict[str, Any]:
     return found
 
 
-def summary(record: dict[str, Any]) -> str:
-    """The record as a Markdown table: a row a measurement, beside its floor."""
-    device = record["device"]
-    where = device.get("gpu") or f"{device['cpu']} (dry run: the figures mean nothing)"
-    roofs = next((r["roofs"] for r in record["results"] if "roofs" in r), None)
-    lines = [f"### GPU: {where}", "", f"torch {device['torch']}, Triton {device['triton']}; {device['date']}.", ""]
-    if roofs is not None:
-        rates = ", ".join(f"{name} {roofs[name] / 1e12:.0f} TFLOP/s" for name in ("bf16", "tf32", "fp32"))
-        lines += [f"Measured roofs: copy {roofs['copy'] / 1e12:.2f} TB/s; products {rates}.", ""]
-    lines += [
-        "| cell | variant | ms | spread | ours is faster by | floor ms | share | TFLOP/s | TB/s | kernels | peak GiB "
-        "| kept GiB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    by_cell: dict[str, list[dict[str, Any]]] = {}
-    for result in record["results"]:
-        if "roofs" not in result:
-            by_cell.setdefault(result["name"], []).append(result)
-    for name, results in by_cell.items():
-        ours = min((r["seconds"] for r in results if r["variant"] in gpu_cells.OURS and "seconds" in r), default=None)
-        for result in results:
-            lines.append(_row(name, result, ours, roofs))
-            name = ""
-    if record.get("not_run"):
-        lines += ["", f"Not run for want of time: {len(record['not_run'])} measurements."]
-    return "\n".join(lines) + "\n"
-
-
-def _row(name: str, result: dict[str, Any], ours: float | None, roofs: dict[str, float] | None) -> str:
-    if "seconds" not in result:
-        return f"| {name} | {result['variant']} | {result.get('error', 'no result')} | | | | | | | | | |"
-    cell = gpu_cells.Cell(**result["cell"])
-    passes, seconds = gpu_cells.passes(cell), result["seconds"]
-    amount = gpu_floor.total(passes)
-    floor = gpu_floor.Roof(roofs[cell.dtype], roofs["copy"]).seconds(passes) if roofs is not None and passes else None
-
-    def gib(key: str) -> str:
-        return f"{result[key] / 2**30:.2f}" if result.get(key) is not None else ""
-
-    ratio = f"{seconds / ours:.2f}" if ours is not None and result["variant"] not in gpu_cells.OURS else ""
-    if "host_seconds" in result:
-        ratio += f" (host {result['host_seconds'] * 1e6:.0f} us)"
-    cells = [
-        name, result["variant"], f"{seconds * 1e3:.3f}", f"{result['spread']:.1%}", ratio,
-        "" if floor is None else f"{floor * 1e3:.3f}", "" if floor is None else f"{floor / seconds:.0%}",
-        f"{amount.flops / seconds / 1e12:.1f}", f"{amount.bytes / seconds / 1e12:.2f}",
-        str(result["kernels"]) if result.get("kernels") is not None else "", gib("peak_bytes"), gib("kept_bytes"),
-    ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
-
-
-def floors(flops: float, bandwidth: float) -> str:
-    """The floors of all cells at given rates (operations and bytes a second), as a Markdown table."""
-    roof = gpu_floor.Roof(flops, bandwidth)
-    lines = ["| cell | TFLOP | GB | by operations, ms | by bytes, ms | floor, ms |", "|---|---:|---:|---:|---:|---:|"]
-    for cell in dict.fromkeys(job.cell for job in gpu_cells.jobs()):
-        if cell.workload in ("roofs", "host overhead") or cell.dtype != "bf16":
-            continue
-        passes = gpu_cells.passes(cell)
-        amount = gpu_floor.total(passes)
-        times = amount.flops / flops, amount.bytes / bandwidth, roof.seconds(passes)
-        lines.append(
-            f"| {cell.name} | {amount.flops / 1e12:.2f} | {amount.bytes / 1e9:.2f} | "
-            + " | ".join(f"{t * 1e3:.2f}" for t in times)
-            + " |"
-        )
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure within the budget; 0 unless nothing could be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -220,13 +197,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results; dry: build)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
     parser.add_argument("--floors", nargs=2, type=float, metavar=("TFLOPS", "TBS"), help="print the cells' floors")
+    parser.add_argument(
+        "--compile-ahead", type=int, metavar="PROCESSES", help="compile the rivals, and measure nothing"
+    )
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work is not None:
         work([int(number) for number in options.work.split(",")], options.dry_run)
         return 0
+    if options.compile is not None:
+        import torch
+
+        device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
+        gpu_cells.compile_job(_job(options.compile, options.dry_run), device)
+        return 0
+    if options.compile_ahead is not None:
+        return compile_ahead(options.compile_ahead, options.dry_run)
     if options.floors is not None:
-        print(floors(options.floors[0] * 1e12, options.floors[1] * 1e12))
+        print(gpu_table.floors(options.floors[0] * 1e12, options.floors[1] * 1e12))
         return 0
     deadline = BEGAN + options.budget - RESERVE
     if not options.dry_run:
@@ -235,19 +224,23 @@ def main(arguments: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             print("no CUDA device: torch.cuda.is_available() is False (--dry-run needs none)", file=sys.stderr)
             return 2
-    device = facts(options.dry_run)
-    slug = "dry-run" if options.dry_run else re.sub(r"[^a-z0-9]+", "-", device["gpu"].lower()).strip("-")
+        forget_timings()
+    facts_of_device = facts(options.dry_run)
+    slug = "dry-run" if options.dry_run else re.sub(r"[^a-z0-9]+", "-", facts_of_device["gpu"].lower()).strip("-")
     folder = options.out or (RESULTS.parents[1] / "build" if options.dry_run else RESULTS)
     path = folder / f"gpu-{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
-        "suite": "gpu", "device": device, "budget": options.budget, "dry_run": options.dry_run, "results": [],
+        "suite": "gpu", "device": facts_of_device, "budget": options.budget, "dry_run": options.dry_run, "results": [],
         "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 
     def write() -> None:
         record["took"] = time.monotonic() - BEGAN
-        for target, text in ((path, json.dumps(record, indent=1) + "\n"), (path.with_suffix(".md"), summary(record))):
+        for target, text in (
+            (path, json.dumps(record, indent=1) + "\n"),
+            (path.with_suffix(".md"), gpu_table.summary(record)),
+        ):
             partial = target.with_name(target.name + ".partial")
             partial.write_text(text)
             partial.replace(target)
@@ -255,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     todo = gpu_cells.jobs()
     numbers = [n for n, job in enumerate(todo) if re.search(options.only, f"{job.cell.name}: {job.variant}")]
     measure(record, numbers, deadline, options.dry_run, write)
-    print(summary(record))
+    print(gpu_table.summary(record))
     print(f"wrote {path} and {path.with_suffix('.md').name} in {record['took']:.0f} s")
     return 0 if any("seconds" in r or "roofs" in r for r in record["results"]) else 1
 

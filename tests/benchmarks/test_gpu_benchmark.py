@@ -12,6 +12,7 @@ from typing import Any
 import bench_gpu
 import gpu_cells
 import gpu_floor
+import gpu_table
 import pytest
 from gpu_cells import Cell, Job
 from gpu_floor import Roof, Work
@@ -76,7 +77,7 @@ def test_what_matters_most_comes_first() -> None:
 
 
 class FakeWorker:
-    """Plays a script of what jobs do: a number of seconds, "hang" or "crash"."""
+    """Plays a script of what jobs do: "hang", "crash", "error", "crash after" the measurement, or be measured."""
 
     script: dict[int, Any]
     started: list[list[int]]
@@ -91,7 +92,12 @@ class FakeWorker:
             if what in ("hang", "crash"):
                 self._messages.append(what)
                 break
-            self._messages.append({"number": number, "name": "n", "variant": "v", "seconds": 1.0})
+            measured = {"number": number, "name": "n", "variant": "v", "seconds": 1.0}
+            self._messages.append({**measured, "final": False})
+            if what == "crash after":
+                self._messages.append("crash")
+                break
+            self._messages.append({**measured, **({"error": "x"} if what == "error" else {"kernels": 3})})
 
     def next(self, timeout: float) -> Any:
         message = self._messages.pop(0) if self._messages else None
@@ -130,6 +136,58 @@ def test_a_job_that_hangs_or_crashes_is_recorded_and_the_rest_goes_on(fake: type
     assert record["not_run"] == []
 
 
+def test_after_an_error_another_process_goes_on(fake: type[FakeWorker]) -> None:
+    """A lost device or a broken capture is not passed on to the next job."""
+    fake.script = {2: "error"}
+    record = run([1, 2, 3])
+    assert [(r["number"], "error" in r) for r in record["results"]] == [(1, False), (2, True), (3, False)]
+    assert fake.started == [[1, 2, 3], [3]]
+
+
+def test_what_was_timed_before_a_crash_stays(fake: type[FakeWorker]) -> None:
+    fake.script = {1: "crash after", 3: "crash after"}
+    record = run([1, 2, 3])
+    assert [(r["number"], r.get("kernels")) for r in record["results"]] == [(1, None), (2, 3), (3, None)]
+    assert not [r for r in record["results"] if "error" in r]
+    assert fake.started == [[1, 2, 3], [2, 3]]
+
+
+def test_compiles_ahead_what_takes_long_and_is_not_chosen_by_timing() -> None:
+    todo = gpu_cells.jobs()
+    ahead = [todo[n] for n in gpu_cells.compilations()]
+    assert ahead[0] == Job(gpu_cells.KEY[1], "compile reduce-overhead")
+    assert {Job(gpu_cells.KEY[i], "compile") for i in (0, 2, 5)} <= set(ahead)
+    assert not [job for job in ahead if "max-autotune" in job.variant]
+    import torch
+
+    gpu_cells.compile_job(Job(gpu_cells.shrink(ahead[0].cell), ahead[0].variant), torch.device("cpu"))
+
+
+def test_compiles_ahead_in_processes_and_says_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    commands = []
+
+    def fake_run(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, int("7" in command))
+
+    monkeypatch.setattr(bench_gpu.subprocess, "run", fake_run)
+    monkeypatch.setattr(gpu_cells, "compilations", lambda: [7, 9])
+    assert bench_gpu.compile_ahead(2, dry_run=True) == 1
+    assert sorted(c[c.index("--compile") + 1] for c in commands) == ["7", "9"]
+    assert "FAILED (1)" in capsys.readouterr().out
+
+
+def test_choices_by_timing_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.best_config").touch()
+    (tmp_path / "a" / "x.py").touch()
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    bench_gpu.forget_timings()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    bench_gpu.forget_timings()
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["x.py"]
+
+
 def test_when_the_time_is_up_what_was_measured_is_written(fake: type[FakeWorker], monkeypatch: Any) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(bench_gpu.time, "monotonic", lambda: float(next(clock)))
@@ -153,7 +211,7 @@ def test_a_table_of_a_record() -> None:
             {"name": "c", "variant": "eager", "error": "OutOfMemoryError: no"},
         ],
     }
-    text = bench_gpu.summary(record)
+    text = gpu_table.summary(record)
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert len({len(row) for row in rows}) == 1, "rows of unequal length"
     assert rows[2][:3] == ["c", "rvae_fast", "50.000"]
@@ -170,6 +228,45 @@ def test_a_cell_that_cannot_run_says_why() -> None:
     assert "seconds" in result or "error" in result
     broken = gpu_cells.run_job(Job(Cell("train", 4, 4, 0), "compile"), torch.device("meta"), 0.0)
     assert "error" in broken
+
+
+def test_a_cell_that_runs_out_of_memory_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def prepare(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(gpu_cells, "prepare", prepare)
+    result = gpu_cells.run_job(Job(Cell("train", 4, 4, 2), "eager"), torch.device("cpu"), 0.0)
+    assert result["error"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert "seconds" not in result
+
+
+def test_what_is_timed_is_reported_before_kernels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(gpu_cells, "_kernels", lambda *_: len(seen))
+    job = Job(Cell("last layer with error", 8, 4), "eager")
+    result = gpu_cells.run_job(job, torch.device("cpu"), 0.0, seen.append)
+    assert [r["seconds"] for r in seen] == [result["seconds"]]
+    assert "kernels" not in seen[0]
+    assert result["kernels"] == 1
+
+
+@pytest.mark.parametrize("workload", ["train", "stage forward", "loss forward"])
+def test_graphs_of_the_compiler_are_told_of_each_step(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a forward pass without its backward makes them record anew at every call."""
+    import torch
+
+    begun: list[str] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append("step"))
+    monkeypatch.setattr(gpu_cells, "_compiled", lambda function, *_: function)
+    for variant in gpu_cells.VARIANTS:
+        ready = gpu_cells.prepare(Job(Cell(workload, 8, 12, 2), variant), torch.device("cpu"))
+        begun.clear()
+        ready.step()
+        assert len(begun) == int("reduce-overhead" in variant or "max-autotune" in variant)
 
 
 def test_dry_run(tmp_path: Path) -> None:

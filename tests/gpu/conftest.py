@@ -3,6 +3,9 @@
 ``make gpu`` starts them. Without a GPU they skip, saying so; with ``RVAE_FAST_GPU_TESTS_ON_CPU=1`` and
 ``TRITON_INTERPRET=1`` those that a CPU can take run there, small, in Triton's interpreter: that proves the tests, not
 the kernels (``tests/kernels/test_gpu_suite.py`` does it).
+
+With ``RVAE_FAST_GPU_TESTS_LOG=PATH`` each result is written there at once, so that a run that is broken off leaves what
+it found.
 """
 
 from __future__ import annotations
@@ -11,13 +14,60 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from torch import Tensor
 
 import rvae_fast
 
+LOG = os.environ.get("RVAE_FAST_GPU_TESTS_LOG")
 ON_CPU = os.environ.get("RVAE_FAST_GPU_TESTS_ON_CPU") == "1" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest last; in several processes early, in two of them: each begins with a share in this order."""
+    slow = [item for item in items if item.path.name == "test_sanitizer.py"]
+    rest = [item for item in items if item not in slow]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        middle = len(rest) // 2
+        items[:] = slow[-1:] + rest[:middle] + slow[:-1] + rest[middle:]
+    else:
+        items[:] = rest + slow
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write the result down, in the process that has it; and end a process whose device is lost.
+
+    An illegal access in a kernel stays with its process: every test after it would fail there, whatever it tests.
+    pytest-xdist starts another process; without it, the run ends with a reason rather than with a hundred failures.
+    """
+    if not (report.when == "call" or report.failed or report.skipped):
+        return
+    # pytest-xdist's first process has all reports a second time, and those of processes that have crashed.
+    controller = "PYTEST_XDIST_WORKER" not in os.environ and getattr(report, "node", None) is not None
+    controller = controller and report.when != "???"
+    if LOG and not controller:
+        with open(LOG, "a") as file:
+            file.write(f"{report.outcome} {report.nodeid} {report.duration:.1f} s\n")
+            if report.failed:
+                file.write(f"{report.longreprtext}\n")
+    if report.failed and not controller and (lost := device_lost()) is not None:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)
+        pytest.exit(f"the CUDA device is lost to this process since {report.nodeid}: {lost}", returncode=1)
+
+
+def device_lost() -> str | None:
+    """The error that the device's context is left with, if there is one."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 @pytest.fixture
@@ -26,7 +76,8 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if ON_CPU:
-        return torch.device("cpu")
+        reason = interpreter.why_not()
+        return pytest.skip(reason) if reason is not None else torch.device("cpu")
     return pytest.skip("needs a CUDA device; torch finds none")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,20 +28,50 @@ torch.cuda.synchronize()
 """
 
 
+#: Seconds that a tool may take; the kernels are compiled before it starts.
+LIMIT = 70.0
+
+
+def run(command: list[str], limit: float, log: Path, **options: Any) -> int | None:
+    """The command's exit status, or None if it and all that it started were ended after ``limit`` seconds."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **options)
+        try:
+            return process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def test_a_tool_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
+    child = f"import time; time.sleep(2); open({str(tmp_path / 'late')!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert run([sys.executable, "-c", parent], 1.0, tmp_path / "log") is None
+    assert run([sys.executable, "-c", "import time; time.sleep(2)"], 60.0, tmp_path / "log") == 0
+    assert not (tmp_path / "late").exists()
+
+
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_no_errors(tool: str, cuda: torch.device) -> None:
+def test_no_errors(tool: str, cuda: torch.device, tmp_path: Path) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SCRIPT]
+    root, log = Path(__file__).parents[2], tmp_path / "log"
+    script = [sys.executable, "-c", SCRIPT]
+    assert run(script, 80.0, log, cwd=root) == 0, log.read_text()[-4000:]  # compiles, and must pass anyway
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    if tool == "memcheck":
+        # Errors that CUDA's own calls return are PyTorch's business: it asks for functions that a driver may lack.
+        command += ["--report-api-errors", "no"]
     # Out of PyTorch's caching allocator, in which a read past a tensor's end is within a larger block.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    root = Path(__file__).parents[2]
-    try:
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"compute-sanitizer --tool {tool} took more than 120 s here")
-    log = done.stdout + done.stderr
-    if done.returncode != 9 and done.returncode != 0 and "not supported" in log:
-        pytest.skip(f"compute-sanitizer cannot run here: {log[-300:]}")
-    assert done.returncode == 0, log[-4000:]
+    status = run([*command, *script], LIMIT, log, env=environment, cwd=root)
+    found = log.read_text(errors="replace")
+    if status is None:
+        pytest.skip(f"compute-sanitizer --tool {tool} took more than {LIMIT:.0f} s here")
+    if status not in (0, 9) and "not supported" in found:
+        pytest.skip(f"compute-sanitizer cannot run here: {found[-300:]}")
+    assert status == 0, found[-4000:]

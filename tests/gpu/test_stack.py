@@ -146,34 +146,39 @@ def test_tf32(order: str, cuda: torch.device, triton: torch.device) -> None:
         assert (module(x) - coarse).abs().max() > 1e-5 * coarse.abs().max()
 
 
-def test_every_strategy(cuda: torch.device, triton: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", ["fused", "two-pass", "plain"])
+def test_every_strategy(
+    strategy: str, cuda: torch.device, triton: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rvae_fast.kernels import configurations
 
-    for strategy in configurations.STRATEGIES:
-        monkeypatch.setattr(configurations, "strategy", lambda *_, chosen=strategy: chosen)
-        for order in ORDERS:
-            module = make(257, 2, order=order, activation="silu").to(cuda)
-            assert_within_bound(module, torch.randn(999, 257, device=cuda).requires_grad_())
+    assert strategy in configurations.STRATEGIES
+    assert len(configurations.STRATEGIES) == 3
+    monkeypatch.setattr(configurations, "strategy", lambda *_: strategy)
+    for order in ORDERS:
+        module = make(257, 2, order=order, activation="silu").to(cuda)
+        assert_within_bound(module, torch.randn(999, 257, device=cuda).requires_grad_())
 
 
-def test_every_tile(cuda: torch.device, triton: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_tile(
+    half: torch.dtype | None, number: int, cuda: torch.device, triton: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each configuration that can be chosen on this chip, by value and not only by compilation."""
     from rvae_fast.kernels import configurations
 
+    assert max(len(c) for c in configurations._CANDIDATES.values()) == 4, "another number of parameters, please"
     capability, shared, _ = configurations.device_facts(cuda)
+
+    def choose(kernel: str, arithmetic: str, *_: Any) -> Any:
+        among = configurations.candidates(kernel, arithmetic, capability, shared)
+        return among[min(number, len(among) - 1)]._replace(splits=1 + 2 * (kernel == "weight"))
+
+    monkeypatch.setattr(configurations, "choose", choose)
+    monkeypatch.setattr(configurations, "policy", lambda *_: ("test", number))
     module = make(257, 1, activation="silu").to(cuda)
-    x = torch.randn(999, 257, device=cuda).requires_grad_()
-    most = max(len(c) for c in configurations._CANDIDATES.values())
-    for half in (None, torch.bfloat16):
-        for number in range(most):
-
-            def choose(kernel: str, arithmetic: str, *_: Any, number: int = number) -> Any:
-                among = configurations.candidates(kernel, arithmetic, capability, shared)
-                return among[min(number, len(among) - 1)]._replace(splits=1 + 2 * (kernel == "weight"))
-
-            monkeypatch.setattr(configurations, "choose", choose)
-            monkeypatch.setattr(configurations, "policy", lambda *_, number=number: ("test", number))
-            assert_within_bound(module, x, autocast=half)
+    assert_within_bound(module, torch.randn(999, 257, device=cuda).requires_grad_(), autocast=half)
 
 
 def test_tuning_changes_no_state(cuda: torch.device, triton: torch.device, tmp_path, monkeypatch) -> None:

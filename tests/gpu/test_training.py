@@ -89,10 +89,11 @@ def test_the_gpu_learns_what_the_cpu_learns(device: torch.device) -> None:
     assert ends[1] < 1.15 * ends[0] + 0.1, ends
 
 
-def test_one_distributed_rank(cuda: torch.device) -> None:
+def test_one_distributed_rank(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """DistributedDataParallel's hooks on one rank change no gradient."""
     if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
         pytest.skip("this torch has no NCCL")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")  # a machine without a network has no other
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
