@@ -117,7 +117,7 @@ std::vector<Part> make_parts(at::ArrayRef<at::Tensor> tensors, at::ArrayRef<int6
     std::array<Tensors, kLists> lists;
     for (size_t i = 0; i < kLists; ++i) {
       const auto count = static_cast<size_t>(counts[k * kLists + i]);
-      TORCH_CHECK_VALUE(next + count <= tensors.size(), "autoencoder_gradients: the counts are not those of the tensors");
+      TORCH_CHECK_VALUE(counts[k * kLists + i] >= 0 && count <= tensors.size() - next, "autoencoder_gradients: the counts are not those of the tensors");
       lists[i] = tensors.slice(next, count).vec();
       next += count;
     }
