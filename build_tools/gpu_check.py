@@ -30,7 +30,7 @@ TOTAL, INSTALL, TESTS, FEWEST = 465.0, 45.0, 170.0, 30.0
 #: Seconds between the signal to end and the end, in which pytest writes its summary.
 GRACE = 6.0
 #: Processes that test, where pytest-xdist is there, and that compile ahead.
-TESTERS, COMPILERS = 8, 4
+TESTERS, COMPILERS = 8, 5
 #: What must be there, and what each is for.
 NEEDED = {
     "torch": "the tensors",
