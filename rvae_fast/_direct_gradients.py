@@ -14,7 +14,7 @@ from rvae_fast import _backend
 from rvae_fast._parts import Part, parts_of
 from rvae_fast.models import MODELS, Autoencoder
 from rvae_fast.nn import BARE
-from rvae_fast.ops.autoencoder_gradients import IS_AVAILABLE, autoencoder_gradients
+from rvae_fast.ops.autoencoder_gradients import ALIGNMENT, IS_AVAILABLE, autoencoder_gradients
 from rvae_fast.ops.residual_stack import can_skip_dispatch
 
 
@@ -119,7 +119,10 @@ class DirectGradients:
         if len(places) != len(self._parameters) or {*map(id, places)} != {*map(id, self._parameters)}:
             return False
         self._places = places
-        self._flat = torch.empty(sum(p.numel() for p in places))
-        pieces = self._flat.split([p.numel() for p in places])
+        sizes = [[p.numel() for tensors in part.lists[:4] for p in tensors] for part in parts]
+        padded = [sum(own) + -sum(own) % ALIGNMENT for own in sizes]
+        self._flat = torch.zeros(sum(padded))
+        wholes = self._flat.split(padded)
+        pieces = chain(*(whole[: sum(own)].split(own) for whole, own in zip(wholes, sizes, strict=True)))
         self._views = [piece.view(p.shape) for piece, p in zip(pieces, places, strict=True)]
         return True

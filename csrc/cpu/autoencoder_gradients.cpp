@@ -92,10 +92,12 @@ struct Part {
     return g.x;
   }
 
-  int64_t parameters() const {
+  // Its places in the flat gradient: a part begins where a cache line does, so that a product written there rounds as one
+  // that is written to memory of its own.
+  int64_t places() const {
     int64_t total = 0;
     for (const Tensors& list : lists) total += size_of(list);
-    return total;
+    return round_up(total, kAlignment / static_cast<int64_t>(sizeof(float)));
   }
 
  private:
@@ -161,22 +163,22 @@ at::Tensor autoencoder_gradients(const at::Tensor& x, at::ArrayRef<at::Tensor> t
   std::vector<Part> parts = make_parts(tensors, counts, momentum, layers_per_unit);
   TORCH_CHECK_VALUE(encoder_parts > 0 && encoder_parts < static_cast<int64_t>(parts.size()),
                     "autoencoder_gradients: encoder and decoder must have a part each");
-  int64_t parameters = 0;
-  for (const Part& part : parts) parameters += part.parameters();
+  int64_t places = 0;
+  for (const Part& part : parts) places += part.places();
   TORCH_CHECK_VALUE(gradient.dim() == 1 && gradient.scalar_type() == at::kFloat && gradient.is_contiguous() &&
-                        gradient.numel() == parameters,
+                        gradient.numel() == places,
                     "autoencoder_gradients: gradient must be contiguous float32 with a place for every parameter");
   const Options o{order, activation, negative_slope, eps, dtype};
   const auto forward = [&](at::Tensor rows, int64_t from, int64_t to) {
     for (int64_t k = from; k < to; ++k) rows = parts[static_cast<size_t>(k)].forward(rows, o);
     return rows;
   };
-  int64_t behind = parameters;  // where the gradients of the parts that are done begin
+  int64_t behind = places;  // where the gradients of the parts that are done begin
   const auto backward = [&](at::Tensor of_rows, int64_t from, int64_t to) {
     for (int64_t k = to - 1; k >= from; --k) {
       const Part& part = parts[static_cast<size_t>(k)];
-      behind -= part.parameters();
-      of_rows = part.backward(of_rows, o, /*need_input=*/k > 0, gradient.narrow(0, behind, part.parameters()), add);
+      behind -= part.places();
+      of_rows = part.backward(of_rows, o, /*need_input=*/k > 0, gradient.narrow(0, behind, part.places()), add);
     }
     return of_rows;
   };

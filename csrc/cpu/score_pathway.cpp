@@ -74,7 +74,7 @@ std::vector<at::Tensor> score_pathway(const at::Tensor& x, const at::Tensor& pro
                    code = at::empty({want_latent ? count : 0, latent}, rows.options()),
                    written = at::empty({want_differences ? count : 0, width}, rows.options());
   if (count > 0) {
-    const Partition part(count, kTileRows);
+    const Partition part(count, kTileRows, n.row_work());
     for_chunks(part, [&](int64_t chunk) {
       const int64_t most = part.most_rows();
       Tile tile(n, round_up(most, 4));

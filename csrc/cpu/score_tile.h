@@ -32,6 +32,12 @@ struct Network {
   Kind kind;
 
   int64_t field(int64_t step, Field f) const { return program[step * kFields + f]; }
+  // Multiplications that a row takes.
+  int64_t row_work() const {
+    int64_t sum = 0;
+    for (int64_t s = 1; s < steps; ++s) sum += field(s, kIn) * field(s, kOut);
+    return sum;
+  }
   const float* vector(int64_t step, Field f) const { return field(step, f) < 0 ? nullptr : vectors + field(step, f); }
 };
 

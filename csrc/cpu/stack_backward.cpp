@@ -24,7 +24,7 @@ class BackwardPass {
  public:
   BackwardPass(const Shape& shape, const Inputs& inputs, const ForwardResult& kept, const at::Tensor& gradient,
                const Needs& needs, const Gradients* into)
-      : s_(shape), in_(inputs), kept_(kept), gradient_(gradient), needs_(needs), part_(shape.rows, kTileRows),
+      : s_(shape), in_(inputs), kept_(kept), gradient_(gradient), needs_(needs), part_(shape.rows, kTileRows, shape.row_work()),
         norm_vectors_(shape.padded()), packed_(inputs.weights, shape, /*forward=*/false), k_(kernels()) {
     if (into != nullptr) {
       g_ = *into;

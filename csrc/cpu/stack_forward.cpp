@@ -25,7 +25,7 @@ at::ScalarType scalar_type(Kind kind) {
 class ForwardPass {
  public:
   ForwardPass(const Shape& shape, const Inputs& inputs, bool keep)
-      : s_(shape), in_(inputs), keep_(keep), part_(shape.rows, kTileRows), norm_vectors_(shape.padded()),
+      : s_(shape), in_(inputs), keep_(keep), part_(shape.rows, kTileRows, shape.row_work()), norm_vectors_(shape.padded()),
         packed_(inputs.weights, shape, /*forward=*/true), k_(kernels()) {
     const auto options = in_.x.options();
     const int64_t streams = keep_ ? s_.units() - 1 : 0;

@@ -70,16 +70,24 @@ struct Shape {
     for (int64_t l = 0; l < layer; ++l) sum += out(l);
     return sum;
   }
+  // Multiplications that a row takes in a layer, in the mean.
+  int64_t row_work() const { return weights_before(layers) / layers; }
 };
 
+// Multiplications that are worth a thread of their own between two barriers: some 10 us of them. A barrier takes 5 to 10 us where
+// its threads have a core each, several times that where they share one, and where other processes hold the cores it takes
+// what the scheduler likes; so small layers stay with one thread.
+constexpr int64_t kWorkOfThread = 600'000;
+
 // Rows [begin(t), begin(t + 1)) are tile t; chunk c, one a thread, owns tiles [first_tile(c), first_tile(c + 1)). The
-// division depends on the number of rows and threads alone, and so do the results.
+// division depends on the shapes and the number of threads alone, and so do the results.
 struct Partition {
   int64_t rows, chunks, tiles;
 
-  Partition(int64_t rows_, int64_t tile_rows) : rows(rows_) {
+  // `row_work`: multiplications that a row takes between two barriers.
+  Partition(int64_t rows_, int64_t tile_rows, int64_t row_work) : rows(rows_) {
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    chunks = std::max<int64_t>(1, std::min<int64_t>(threads, rows / 8));
+    chunks = std::max<int64_t>(1, std::min({threads, rows / 8, rows * row_work / kWorkOfThread}));
     tiles = chunks * at::divup(at::divup(rows, chunks), tile_rows);
   }
   int64_t begin(int64_t tile) const { return rows * tile / tiles; }

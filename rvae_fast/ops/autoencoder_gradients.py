@@ -17,7 +17,8 @@ from rvae_fast.ops.residual_stack_op import library
 # Encoder and decoder are parts, the first ``encoder_parts`` the encoder's: residual stacks of units of so many layers,
 # and plain stacks, which have 0 (a transition is one of a single layer). Of each part come the six lists of
 # ``plain_stack``, cut from ``tensors`` by ``counts``. ``gradient`` has a place for every parameter, part by part and
-# list by list. The result is loss, error and divergence, sums over the batch divided by ``n``.
+# list by list, each part padded to a multiple of :data:`ALIGNMENT`. The result is loss, error and divergence, sums over
+# the batch divided by ``n``.
 library.define(
     "autoencoder_gradients(Tensor x, Tensor[] tensors, int[] counts, float[] momentum, int[] layers_per_unit, "
     "int encoder_parts, str order, str activation, float negative_slope, float eps, ScalarType dtype, str likelihood, "
@@ -30,6 +31,9 @@ library.define(
     "Tensor(d!) steps, Tensor learning_rate, float beta1, float beta2, float eps, float weight_decay, bool decoupled, "
     "Tensor norm, float? max_norm, Tensor? blocked) -> ()"
 )
+
+#: Values of a cache line.
+ALIGNMENT = 16
 
 #: Whether this build has the kernels.
 IS_AVAILABLE: bool = torch._C._dispatch_has_kernel_for_dispatch_key("rvae_fast::gradient_norm", "CPU")

@@ -118,6 +118,25 @@ def test_gradients_are_those_of_backward(name: str, precision: str, model: Any, 
         torch.testing.assert_close(a, b, **bound)
 
 
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_small_layers_stay_with_one_thread(precision: str, model: Any, table: Any) -> None:
+    """Barriers would cost more than they save; and so the bits do not depend on the number of threads."""
+    x, threads, found = table(256), torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            net = model("RVAE").train()
+            with autocast(precision, x.device):
+                torch.manual_seed(1)
+                terms = look(net, x)(x, 256, 1.0, add=False)
+            assert terms is not None
+            found.append([terms, *(p.grad.clone() for p in net.parameters()), *net.buffers()])
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     "why", ["dropout", "block hook", "backward hook", "global hook", "half a norm", "two activations", "frozen",
             "shared", "module hook", "gradient hook", "after gradient", "eval", "frozen norm", "cumulative", "own loss",
