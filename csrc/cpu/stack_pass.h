@@ -74,10 +74,10 @@ struct Shape {
   int64_t row_work() const { return weights_before(layers) / layers; }
 };
 
-// Multiplications that are worth a thread of their own between two barriers: some 10 us of them. A barrier takes 5 to 10 us where
+// Multiplications that are worth a thread of their own between two barriers: some 5 to 10 us of them. A barrier takes 5 to 10 us where
 // its threads have a core each, several times that where they share one, and where other processes hold the cores it takes
 // what the scheduler likes; so small layers stay with one thread.
-constexpr int64_t kWorkOfThread = 600'000;
+constexpr int64_t kWorkOfThread = 400'000;
 
 // Rows [begin(t), begin(t + 1)) are tile t; chunk c, one a thread, owns tiles [first_tile(c), first_tile(c + 1)). The
 // division depends on the shapes and the number of threads alone, and so do the results.
