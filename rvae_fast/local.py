@@ -182,14 +182,15 @@ def fit_local(
     if len(rows) < 3:
         raise ValueError(f"x must have at least 3 rows to compare with each other, got {len(rows)}")
     options: dict[str, Any] = {"device": device, "precision": precision}
+    columns = columns_of(model)
     with in_eval(model):
-        seen = map_rows(model, rows, _observer(model, options), batch_size=TILE, row_tile=TILE, **options)
+        seen = map_rows(model, rows, _observer(model, columns, options), batch_size=TILE, row_tile=TILE, **options)
     if not np.isfinite(seen).all():
         raise ValueError(
             f"{np.count_nonzero(~np.isfinite(seen).all(axis=1))} reference rows overflow the network: nothing can be "
             "compared with them"
         )
-    errors, codes, differences = _split(seen, model.latent_features, _widths(model))
+    errors, codes, differences = _split(seen, model.latent_features, _widths(columns))
     naps = []
     values = [errors]
     for d in differences:
@@ -254,12 +255,13 @@ def local_scores(
 
 def local_parts(model: Autoencoder, local: Local, x: Any, **options: Any) -> Iterator[NDArray[np.float64]]:
     """:func:`local_scores` as a generator: one array of scores per chunk of ``x``."""
-    widths = _widths(model)
+    columns = columns_of(model)
+    widths = _widths(columns)
     fitted = (local.codes.shape[1], *(len(nap.mean) for nap in local.naps))
     if fitted != (model.latent_features, *widths):
         own = (model.latent_features, *widths)
         raise ValueError(f"local was fitted to a code and places of widths {fitted}; this model has {own}")
-    observe, compare = _observer(model, options), local.scorer()
+    observe, compare = _observer(model, columns, options), local.scorer()
 
     def score(rows: Tensor) -> Tensor:
         return compare(*_split(observe(rows), model.latent_features, widths))
@@ -304,16 +306,16 @@ def columns_of(model: Autoencoder) -> list[tuple[int, int]]:
     return [(ends[i], ends[i + 1]) for i in places(model)]
 
 
-def _widths(model: Autoencoder) -> list[int]:
-    """Widths of the places that count."""
-    return [stop - start for start, stop in columns_of(model)]
+def _widths(columns: Sequence[tuple[int, int]]) -> list[int]:
+    return [stop - start for start, stop in columns]
 
 
-def _observer(model: Autoencoder, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+def _observer(
+    model: Autoencoder, columns: Sequence[tuple[int, int]], options: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
     """Rows to their error, code and differences at the places that count, side by side."""
     scorer = pathway_scorer(model, "branches", options)
     wanted = set(places(model))
-    columns = columns_of(model)
 
     def observe(rows: Tensor) -> Tensor:
         if scorer is not None:

@@ -111,7 +111,7 @@ def run_cell(cell: Cell, folder: str | None = None, models: str | None = None) -
     for member in range(cell.members):
         model, record = _trained(cell, rows, member, folder, models)
         if math.isinf(record["loss_ratio"]):
-            return {"features": rows.shape[1], **record}
+            return {"features": rows.shape[1], **record, **{name: spent[name] + record[name] for name in spent}}
         scoring = _Clock()
         scored = all_scores(model, cell.scores, rows, validation, test, cell.seed)
         for name, (normal, tested) in scored.items():

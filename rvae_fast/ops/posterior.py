@@ -86,5 +86,6 @@ def sample_posterior(code: Tensor, low: float, high: float) -> tuple[Tensor, Ten
     mu, logvar, z : Tensor [batch, latent]
         fp32. The sample is drawn from torch's global generator, and the same that ``torch.randn_like(mu)`` gives.
     """
-    noise = torch.randn(code.shape[0], code.shape[1] // 2)
+    # Not by torch's defaults, which somebody may have set to another dtype or device.
+    noise = torch.randn(code.shape[0], code.shape[1] // 2, dtype=torch.float32, device=code.device)
     return _op(code, noise, low, high)

@@ -313,3 +313,19 @@ def test_lesser_instruction_sets(isa: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " skipped" not in done.stdout.splitlines()[-1]
+
+
+def test_the_noise_does_not_follow_torchs_defaults() -> None:
+    code = torch.randn(5, 6, dtype=torch.float32)
+    torch.manual_seed(0)
+    expected = posterior.sample_posterior(code, -20.0, 10.0)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.manual_seed(0)
+        found = posterior.sample_posterior(code, -20.0, 10.0)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
