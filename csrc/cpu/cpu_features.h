@@ -13,3 +13,15 @@ bool has_avx512_bf16();  // has_avx512 and AVX512_BF16
 bool has_amx_bf16();     // has_avx512_bf16 and AMX tiles with bf16 products; asks Linux for the tile registers
 
 }  // namespace rvae::cpu
+
+// A table of kernels compiled for an instruction set, if it was compiled and may be used; else another one.
+#ifdef RVAE_HAVE_AVX2
+#define RVAE_IF_AVX2(table, otherwise) (::rvae::cpu::has_avx2() ? (table) : (otherwise))
+#else
+#define RVAE_IF_AVX2(table, otherwise) (otherwise)
+#endif
+#ifdef RVAE_HAVE_AVX512
+#define RVAE_IF_AVX512(table, otherwise) (::rvae::cpu::has_avx512() ? (table) : (otherwise))
+#else
+#define RVAE_IF_AVX512(table, otherwise) (otherwise)
+#endif

@@ -20,13 +20,7 @@ namespace {
 constexpr int64_t kElementsPerTask = 16384;  // some 20 us, several times what waking a thread costs
 
 const Kernels& kernels() {
-#ifdef RVAE_HAVE_AVX512
-  if (has_avx512()) return avx512_kernels;
-#endif
-#ifdef RVAE_HAVE_AVX2
-  if (has_avx2()) return avx2_kernels;
-#endif
-  return portable_kernels;
+  return RVAE_IF_AVX512(avx512_kernels, RVAE_IF_AVX2(avx2_kernels, portable_kernels));
 }
 
 DType dtype_of(at::ScalarType type) { return type == at::kBFloat16 ? DType::BFloat16 : DType::Float32; }

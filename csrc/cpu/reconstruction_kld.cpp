@@ -35,13 +35,7 @@ constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 const Kernels& kernels(at::ScalarType accumulate) {
   if (accumulate == at::kDouble) return portable_kernels;
-#ifdef RVAE_HAVE_AVX512
-  if (has_avx512()) return avx512_kernels;
-#endif
-#ifdef RVAE_HAVE_AVX2
-  if (has_avx2()) return avx2_kernels;
-#endif
-  return portable_kernels;
+  return RVAE_IF_AVX512(avx512_kernels, RVAE_IF_AVX2(avx2_kernels, portable_kernels));
 }
 
 DType dtype_of(const Tensor& t) {

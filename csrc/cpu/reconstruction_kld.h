@@ -72,12 +72,6 @@ struct Kernels {
   KldBackwardFn (*kld_backward)(DType);
 };
 
-extern const Kernels portable_kernels;
-#ifdef RVAE_HAVE_AVX2
-extern const Kernels avx2_kernels;
-#endif
-#ifdef RVAE_HAVE_AVX512
-extern const Kernels avx512_kernels;
-#endif
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;  // the last two where they were compiled
 
 }  // namespace rvae::cpu::loss

@@ -1,7 +1,7 @@
 // Where the encoder of a frozen network differs for rows and for their reconstructions (RaPP's pathway, rvae_fast/pathway.py):
 // a tile goes through the network, and what that makes of it through the encoder once more. The first pass leaves its error
-// and its side of the differences, so that all of it is one and a half passes, not the two and the error's that a stacked
-// batch would be; SAP is summed up as the tiles pass, and the differences are written only if they are asked for.
+// and its side of the differences, so that one and a half passes do. SAP is summed up as the tiles pass; the differences are
+// written only if they are asked for.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -35,7 +35,6 @@ int64_t place_taps(const at::Tensor& taps, const Network& n, std::vector<Tap>& b
 }
 
 struct Differences {
-  const Network& n;
   int64_t input, columns;  // of the input (none if it does not count), and behind it of the taps
 
   // Of one row; writes them to `to` unless that is nullptr, and returns the sum of their squares.
@@ -65,7 +64,7 @@ std::vector<at::Tensor> score_pathway(const at::Tensor& x, const at::Tensor& pro
                     "], got ", x.sizes());
   std::vector<Tap> by_step;
   const int64_t columns = place_taps(taps, n, by_step);
-  const Differences differences{n, include_input ? n.in_features : 0, columns};
+  const Differences differences{include_input ? n.in_features : 0, columns};
   const int64_t width = differences.input + columns;
 
   const at::Tensor rows = x.to(at::kFloat).contiguous();

@@ -5,9 +5,7 @@
 // The op has no state, so any number of threads may score at once with one program. What is computed for a row does not
 // depend on the rows beside it: the elementwise steps are per row, and products add up a row's terms in one order however
 // many rows there are (brgemm does; where torch has none, our own kernel does).
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cstring>
