@@ -79,7 +79,8 @@ def compile_ahead(processes: int, dry_run: bool) -> int:
         return status
 
     with ThreadPoolExecutor(processes) as pool:
-        return int(any(pool.map(run, gpu_cells.compilations())))
+        # All of them, before the verdict: to leave `map` early would cancel those that have not begun.
+        return int(any(list(pool.map(run, gpu_cells.compilations()))))
 
 
 def forget_timings() -> None:
