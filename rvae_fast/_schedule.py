@@ -10,7 +10,7 @@ from rvae_fast._training_config import TrainingConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and KL weight of every optimiser step of a run."""
+    """Learning rate and KL weight of every optimiser step of a run, whose configuration has no ``"auto"`` left."""
 
     config: TrainingConfig
     steps_per_epoch: int
@@ -22,15 +22,15 @@ class Schedule:
         step after it has the full rate. Then constant, or down towards ``final_learning_rate``, which the step after
         the last would have, by half a cosine (Loshchilov and Hutter 2017, equation 5, without restarts) or a line.
         """
-        config = self.config
-        warmup = round(config.warmup_epochs * self.steps_per_epoch)
+        config, highest = self.config, float(self.config.learning_rate)
+        warmup = round(float(config.warmup_epochs) * self.steps_per_epoch)
         if step < warmup:
-            return config.learning_rate * (step + 1) / (warmup + 1)
+            return highest * (step + 1) / (warmup + 1)
         if config.schedule == "constant":
-            return config.learning_rate
+            return highest
         done = min(1.0, (step - warmup) / max(1, config.epochs * self.steps_per_epoch - warmup))
         share = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * share
+        return config.final_learning_rate + (highest - config.final_learning_rate) * share
 
     def kld_weight(self, step: int) -> float:
         """Of optimiser step ``step``, counted from 0: linear up to ``kld_weight`` over the warm-up, then constant."""

@@ -11,6 +11,9 @@ from typing import Any
 
 _INF = math.inf
 
+#: What a learning rate of ``"auto"`` stands for in networks that are not deep (see ``rvae_fast._rates``).
+LEARNING_RATE = 2e-3
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -25,13 +28,17 @@ class TrainingConfig:
     optimizer : {"adamw", "adam", "radam"}, default "adamw"
         PyTorch's own; weight decay is decoupled in ``adamw`` (Loshchilov and Hutter 2019) and an L2 term in ``adam``
         and ``radam`` (Liu et al. 2020), which is slower: PyTorch has no fused kernel for it.
-    learning_rate : float, default 1e-3
-        The highest of the schedule.
+    learning_rate : float or "auto", default "auto"
+        The highest of the schedule. ``"auto"`` is 2e-3, and less for pre-activation residual networks that are deep and
+        wide: in inverse proportion to the inputs of all linear layers together, from those of the article's ten
+        layers a side on (784 features; with 80 layers a side it is 2.6e-4). At a shallow network's rate the loss of a
+        deep one jumps, and ends higher.
     weight_decay : float, default 0.0
     betas : (float, float), default (0.9, 0.999)
     eps : float, default 1e-8
-    warmup_epochs : float, default 1.0
-        Epochs, or a fraction of one, over which the learning rate rises linearly, step by step.
+    warmup_epochs : float or "auto", default "auto"
+        Epochs, or a fraction of one, over which the learning rate rises linearly, step by step. ``"auto"`` is one, or
+        what makes 20 steps (a fifth of the run at most) where an epoch has fewer.
     schedule : {"cosine", "linear", "constant"}, default "cosine"
         What it does from there to the last step.
     final_learning_rate : float, default 0.0
@@ -92,11 +99,11 @@ class TrainingConfig:
     epochs: int = 100
     batch_size: int = 256
     optimizer: str = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float | str = "auto"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    warmup_epochs: float = 1.0
+    warmup_epochs: float | str = "auto"
     schedule: str = "cosine"
     final_learning_rate: float = 0.0
     max_grad_norm: float | None = 10.0
@@ -128,8 +135,11 @@ class TrainingConfig:
                 put(name, _integer(name, getattr(self, name), 1, "or None"))
         if self.seed is not None:
             put("seed", _integer("seed", self.seed, 0, "or None", high=2**63 - 1))
-        for name in ("learning_rate", "eps"):
-            put(name, _number(name, getattr(self, name), 0.0, _INF, low_open=True))
+        put("eps", _number("eps", self.eps, 0.0, _INF, low_open=True))
+        if self.learning_rate != "auto":
+            put("learning_rate", _number("learning_rate", self.learning_rate, 0.0, _INF, low_open=True, also=_OR_AUTO))
+        if self.warmup_epochs != "auto":
+            put("warmup_epochs", _number("warmup_epochs", self.warmup_epochs, 0.0, _INF, also=_OR_AUTO))
         for name in _AT_LEAST_0:
             put(name, _number(name, getattr(self, name), 0.0, _INF))
         if self.max_grad_norm is not None:
@@ -138,8 +148,9 @@ class TrainingConfig:
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         put("betas", tuple(_number("betas", beta, 0.0, 1.0) for beta in self.betas))
-        if self.final_learning_rate > self.learning_rate:
-            limit = f"at most learning_rate ({self.learning_rate})"
+        highest = LEARNING_RATE if self.learning_rate == "auto" else float(self.learning_rate)
+        if self.final_learning_rate > highest:
+            limit = f"at most learning_rate ({highest})"
             raise ValueError(f"final_learning_rate must be {limit}, got {self.final_learning_rate}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -162,9 +173,8 @@ class TrainingConfig:
         return fields
 
 
-_AT_LEAST_0 = (
-    "weight_decay", "warmup_epochs", "final_learning_rate", "kld_weight", "kld_warmup_epochs", "min_delta",
-)  # fmt: skip
+_AT_LEAST_0 = ("weight_decay", "final_learning_rate", "kld_weight", "kld_warmup_epochs", "min_delta")
+_OR_AUTO = "or 'auto'"
 _CHOICES = {
     "optimizer": ("adamw", "adam", "radam"),
     "schedule": ("cosine", "linear", "constant"),

@@ -21,6 +21,7 @@ from rvae_fast._interrupt import DeferredInterrupt
 from rvae_fast._nonfinite import NonFiniteError, find_in_rows, non_finite_weight
 from rvae_fast._precision import autocast, resolve_precision
 from rvae_fast._progress import Progress
+from rvae_fast._rates import resolved
 from rvae_fast._rows import Rows, batches, groups
 from rvae_fast._schedule import Schedule
 from rvae_fast._stepper import Stepper
@@ -61,7 +62,7 @@ class Run:
         if (name := non_finite_weight(model)) is not None:
             raise ValueError(f"model must have finite weights to start from; {name} has NaN or infinity")
         dtype, width = weights[0].dtype, int(model.in_features)  # type: ignore[arg-type]
-        self.config, self.device, self.callbacks = config, device, callbacks
+        self.config, self.device, self.callbacks = config, device, callbacks  # the configuration is resolved below
         self.precision = resolve_precision(config.precision, device, dtype)
         self.graph = step_graph(config.cuda_graph, device, dtype)
 
@@ -79,6 +80,7 @@ class Run:
 
         self.model = model.to(device)
         self.groups = groups(len(self.train_index), config.batch_size, config.accumulate)
+        self.config = config = resolved(config, model, len(self.groups))
         self.schedule = Schedule(config, len(self.groups))
         self.history = History(seed=self.seed, precision=self.precision, device=str(device))
         self.epoch = self.group = 0  # of the next step

@@ -16,13 +16,14 @@ from rvae_fast._checkpoint import CheckpointError
 from rvae_fast._history import History
 from rvae_fast._nonfinite import NonFiniteError
 from rvae_fast._precision import resolve_device
+from rvae_fast._rates import default_learning_rate
 from rvae_fast._training_config import TrainingConfig
 from rvae_fast._training_run import Callback, Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["CheckpointError", "History", "NonFiniteError", "TrainingConfig", "train"]
+__all__ = ["CheckpointError", "History", "NonFiniteError", "TrainingConfig", "default_learning_rate", "train"]
 
 
 def train(

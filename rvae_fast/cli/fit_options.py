@@ -56,11 +56,13 @@ PARAMETERS = (
         "epochs", "--epochs", int, "Passes over the rows [default: about 1000 steps' worth].", TRAINING, None, "-e"
     ),
     Parameter("batch_size", "--batch-size", int, "[default: 256]", TRAINING, None, "-b"),
-    Parameter("learning_rate", "--learning-rate", float, "[default: 0.001]", TRAINING),
+    Parameter("learning_rate", "--learning-rate", float, "[default: 0.002, less for deep nets]", TRAINING),
     Parameter("optimizer", "--optimizer", str, "adamw, adam or radam.", TRAINING),
     Parameter("weight_decay", "--weight-decay", float, "[default: 0]", TRAINING),
     Parameter("schedule", "--schedule", str, "Learning rate: cosine, linear, constant.", TRAINING),
-    Parameter("warmup_epochs", "--warmup-epochs", float, "Of the learning rate [default: 1].", TRAINING),
+    Parameter(
+        "warmup_epochs", "--warmup-epochs", float, "Of the learning rate [default: 1, or 20 steps' worth].", TRAINING
+    ),
     Parameter("max_grad_norm", "--max-grad-norm", float, "Clip the gradient's norm at this [default: 10].", TRAINING),
     Parameter("accumulate", "--accumulate", int, "Batches gathered into a step.", TRAINING),
     Parameter(

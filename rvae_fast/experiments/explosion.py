@@ -36,6 +36,7 @@ CURES: dict[str, dict[str, Any]] = {
     "large batch": {**_PLAIN, "accumulate": 16},
 }
 DEFAULTS = "defaults"
+_DEFAULTS: dict[str, Any] = {"learning_rate": "auto", "warmup_epochs": "auto"}
 
 
 def grid(settings: Settings) -> list[Cell]:
@@ -46,7 +47,7 @@ def grid(settings: Settings) -> list[Cell]:
     for data in settings.data:
         for seed in range(settings.seeds):
             for model in ("RVAE",) if settings.quick else ("RAE", "RVAE"):
-                for cure, changes in {**CURES, DEFAULTS: {}}.items():
+                for cure, changes in {**CURES, DEFAULTS: _DEFAULTS}.items():
                     deepest = () if settings.quick or model == "RAE" or cure != DEFAULTS else (DEEPEST,)
                     cells += [
                         Cell(
