@@ -31,6 +31,7 @@ from typing import Any
 BEGAN = time.monotonic()  # importing torch is part of the budget
 
 import gpu_cells  # noqa: E402
+import gpu_measure  # noqa: E402
 import gpu_table  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +63,7 @@ def work(numbers: list[int], dry_run: bool) -> None:
             message = {"number": number, **result, "name": todo[number].cell.name, "final": final}
             print(json.dumps(message), file=out, flush=True)
 
-        report(gpu_cells.run_job(job, device, 0.02 if dry_run else gpu_cells.TIMED, report), final=True)
+        report(gpu_measure.run_job(job, device, 0.02 if dry_run else gpu_measure.TIMED, report), final=True)
 
 
 def compile_ahead(processes: int, dry_run: bool) -> int:
@@ -211,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
-        gpu_cells.compile_job(_job(options.compile, options.dry_run), device)
+        gpu_measure.compile_job(_job(options.compile, options.dry_run), device)
         return 0
     if options.compile_ahead is not None:
         return compile_ahead(options.compile_ahead, options.dry_run)

@@ -12,7 +12,9 @@ from typing import Any
 import bench_gpu
 import gpu_cells
 import gpu_floor
+import gpu_measure
 import gpu_table
+import gpu_variants
 import pytest
 from gpu_cells import Cell, Job
 from gpu_floor import Roof, Work
@@ -160,7 +162,7 @@ def test_compiles_ahead_what_takes_long_and_is_not_chosen_by_timing() -> None:
     assert not [job for job in ahead if "max-autotune" in job.variant]
     import torch
 
-    gpu_cells.compile_job(Job(gpu_cells.shrink(ahead[0].cell), ahead[0].variant), torch.device("cpu"))
+    gpu_measure.compile_job(Job(gpu_cells.shrink(ahead[0].cell), ahead[0].variant), torch.device("cpu"))
 
 
 def test_compiles_ahead_in_processes_and_says_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -224,9 +226,9 @@ def test_a_table_of_a_record() -> None:
 def test_a_cell_that_cannot_run_says_why() -> None:
     import torch
 
-    result = gpu_cells.run_job(Job(Cell("no such workload", 4, 4), "rvae_fast"), torch.device("cpu"), 0.0)
+    result = gpu_measure.run_job(Job(Cell("no such workload", 4, 4), "rvae_fast"), torch.device("cpu"), 0.0)
     assert "seconds" in result or "error" in result
-    broken = gpu_cells.run_job(Job(Cell("train", 4, 4, 0), "compile"), torch.device("meta"), 0.0)
+    broken = gpu_measure.run_job(Job(Cell("train", 4, 4, 0), "compile"), torch.device("meta"), 0.0)
     assert "error" in broken
 
 
@@ -236,8 +238,8 @@ def test_a_cell_that_runs_out_of_memory_is_recorded(monkeypatch: pytest.MonkeyPa
     def prepare(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(gpu_cells, "prepare", prepare)
-    result = gpu_cells.run_job(Job(Cell("train", 4, 4, 2), "eager"), torch.device("cpu"), 0.0)
+    monkeypatch.setattr(gpu_measure, "prepare", prepare)
+    result = gpu_measure.run_job(Job(Cell("train", 4, 4, 2), "eager"), torch.device("cpu"), 0.0)
     assert result["error"].startswith("OutOfMemoryError: CUDA out of memory")
     assert "seconds" not in result
 
@@ -246,9 +248,9 @@ def test_what_is_timed_is_reported_before_kernels_are_counted(monkeypatch: pytes
     import torch
 
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(gpu_cells, "_kernels", lambda *_: len(seen))
+    monkeypatch.setattr(gpu_measure, "_kernels", lambda *_: len(seen))
     job = Job(Cell("last layer with error", 8, 4), "eager")
-    result = gpu_cells.run_job(job, torch.device("cpu"), 0.0, seen.append)
+    result = gpu_measure.run_job(job, torch.device("cpu"), 0.0, seen.append)
     assert [r["seconds"] for r in seen] == [result["seconds"]]
     assert "kernels" not in seen[0]
     assert result["kernels"] == 1
@@ -261,9 +263,9 @@ def test_graphs_of_the_compiler_are_told_of_each_step(workload: str, monkeypatch
 
     begun: list[str] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append("step"))
-    monkeypatch.setattr(gpu_cells, "_compiled", lambda function, *_: function)
+    monkeypatch.setattr(gpu_variants, "_compiled", lambda function, *_: function)
     for variant in gpu_cells.VARIANTS:
-        ready = gpu_cells.prepare(Job(Cell(workload, 8, 12, 2), variant), torch.device("cpu"))
+        ready = gpu_variants.prepare(Job(Cell(workload, 8, 12, 2), variant), torch.device("cpu"))
         begun.clear()
         ready.step()
         assert len(begun) == int("reduce-overhead" in variant or "max-autotune" in variant)
