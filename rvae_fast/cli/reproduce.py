@@ -46,6 +46,7 @@ def reproduce(
         str | None, typer.Option("--data", help="Data sets [default: by the experiment].", metavar="NAME,NAME,...")
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", "-e", min=1, help="[default: by the experiment]")] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=100, help="Training rows at most [default: all].")] = None,
     variant: Annotated[
         str, typer.Option("--variant", help="A change to every cell: kl-half, kl-warm-up, noise, absolute, ...")
     ] = "",
@@ -65,6 +66,7 @@ def reproduce(
     - `rvae-fast reproduce novelty --quick`
     - `rvae-fast reproduce novelty --seeds 5 --out runs/novelty --jobs 2`
     - `rvae-fast reproduce rapp --data fashion_mnist --seeds 1`
+    - `rvae-fast reproduce degradation --rows 6000 --epochs 10 --seeds 3`: a smaller one, on a part of the rows
     - `rvae-fast reproduce rapp --results runs/novelty/results.csv`: what `novelty` has run there is not run again
     """
     from rvae_fast import experiments
@@ -82,7 +84,13 @@ def reproduce(
     if models is not None and models.exists() and not models.is_dir():
         usage_error(f"{models} is a file", "--models")
     words = ["rvae-fast", "reproduce", name, *(["--quick"] if quick else [])]
-    for flag, value in (("--seeds", seeds), ("--data", data), ("--epochs", epochs), ("--variant", variant or None)):
+    for flag, value in (
+        ("--seeds", seeds),
+        ("--data", data),
+        ("--epochs", epochs),
+        ("--rows", rows),
+        ("--variant", variant or None),
+    ):
         words += [] if value is None else [flag, str(value)]
     page = experiments.reproduce(
         name,
@@ -94,6 +102,7 @@ def reproduce(
         models=models,
         jobs=jobs,
         epochs=epochs,
+        rows=rows,
         variant=variant,
         run=not page_only,
         command=shlex.join(words),

@@ -49,6 +49,8 @@ class Settings:
         In place of the experiment's own.
     variant : str
         One of :data:`VARIANTS`, or empty.
+    max_rows : int, optional
+        Training rows at most, in place of all (or of a quick run's part).
     """
 
     data: tuple[str, ...]
@@ -56,6 +58,7 @@ class Settings:
     quick: bool = False
     epochs: int | None = None
     variant: str = ""
+    max_rows: int | None = None
 
     def training(self, epochs: int, quick_epochs: int, **changes: Any) -> dict[str, Any]:
         """Arguments of the training: :data:`TRAINING` with changes."""
@@ -64,7 +67,7 @@ class Settings:
 
     def rows(self, quick_rows: int) -> int | None:
         """Training rows at most."""
-        return quick_rows if self.quick else None
+        return self.max_rows or (quick_rows if self.quick else None)
 
     def vary(self, cells: Sequence[Cell]) -> list[Cell]:
         """The cells with the variant's changes."""

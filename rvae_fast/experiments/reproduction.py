@@ -18,6 +18,8 @@ from rvae_fast.experiments.work import metric_names, run_cell
 from rvae_fast.report.page import require_packages
 
 QUICK_SEEDS = 2
+#: Fewer tell nothing, and the scores that are fitted on them need some.
+FEWEST_ROWS = 100
 
 
 def reproduce(
@@ -31,6 +33,7 @@ def reproduce(
     models: str | os.PathLike[str] | None = None,
     jobs: int | None = None,
     epochs: int | None = None,
+    rows: int | None = None,
     variant: str = "",
     run: bool = True,
     command: str = "",
@@ -63,6 +66,9 @@ def reproduce(
         Processes, each of one thread; as many as there are cores unless given (one where a GPU does the work).
     epochs : int, optional
         In place of the experiment's own.
+    rows : int, optional
+        Training rows at most, as many for validation, and about twice as many for the test; all unless given. Such
+        cells are of another recipe than those on all rows, and need a results file of their own.
     variant : str, optional
         A change to every cell, see :data:`rvae_fast.experiments.experiment.VARIANTS`.
     run : bool, default True
@@ -95,10 +101,12 @@ def reproduce(
     for argument, value in (("seeds", seeds), ("jobs", jobs), ("epochs", epochs)):
         if value is not None and value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
+    if rows is not None and rows < FEWEST_ROWS:
+        raise ValueError(f"rows must be at least {FEWEST_ROWS}, got {rows}")
     notes: list[str] = []
     names = _data(chosen, data, quick, notes)
     count = seeds or (QUICK_SEEDS if quick else chosen.seeds)
-    settings = Settings(data=names, seeds=count, quick=quick, epochs=epochs, variant=variant)
+    settings = Settings(data=names, seeds=count, quick=quick, epochs=epochs, variant=variant, max_rows=rows)
     cells = chosen.grid(settings)
     folder = Path(f"reproduce-{name}" if out is None else out)
     table = Results(folder / "results.csv" if results is None else results, metric_names(chosen.scores))

@@ -46,10 +46,22 @@ def test_a_quick_run_without_cached_data(run: Callable[..., Any], tmp_path: Path
         (["nothing"], "no experiment 'nothing'"),
         (["novelty", "--variant", "x"], "no variant 'x'"),
         (["novelty", "--jobs", "0"], "--jobs"),
+        (["novelty", "--rows", "99"], "--rows"),
     ],
 )
 def test_wrong_usage(options: list[str], message: str, run: Callable[..., Any]) -> None:
     assert message in run("reproduce", *options, code=2).stderr
+
+
+def test_a_part_of_the_rows(run: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["reproduce", "deep", "--quick", "--seeds", 1, "--epochs", 1, "--jobs", 1, "--rows", 120, "--out", out]
+    run(*options)
+    with (out / "results.csv").open() as file:
+        assert {row["train_rows"] for row in csv.DictReader(file)} == {"120"}
+    page = (out / "index.html").read_text()
+    assert "--epochs 1 --rows 120" in page
+    assert "give another directory" in run(*options, "--rows", 130, code=1).stderr
 
 
 def test_unknown_data_and_nothing_to_show(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -62,6 +62,13 @@ def test_variants_change_every_cell() -> None:
     assert varied.training["kld_warmup_epochs"] == 4.0
 
 
+def test_a_setting_limits_the_rows() -> None:
+    for quick in (False, True):
+        assert Settings(data=("digits",), seeds=1, quick=quick, max_rows=300).rows(1000) == 300
+    assert Settings(data=("digits",), seeds=1, quick=True).rows(1000) == 1000
+    assert Settings(data=("digits",), seeds=1).rows(1000) is None
+
+
 def test_a_training_that_diverges_is_a_result(tmp_path: Path) -> None:
     wild = {"epochs": 3, "batch_size": 64, "learning_rate": 1e30, "max_grad_norm": None, "precision": "fp32"}
     own = cell(training=wild, steps=True, scores=("reconstruction",))
