@@ -15,9 +15,9 @@ from torch import nn
 from rvae_fast._training_config import LEARNING_RATE, TrainingConfig
 from rvae_fast.nn import ResidualBlock
 
-#: Inputs of all linear layers of the article's network (784 features, code 20, ten layers a side) together: up to as
-#: many, the rate of that network holds.
-INPUTS = 10_332
+#: Inputs of all linear layers together up to which the rate holds; the article's network (784 features, code 20, ten
+#: layers a side) has 10,332.
+INPUTS = 3_500
 #: Steps that a warm-up takes at least, where an epoch has fewer, but no more than this share of the run.
 WARMUP_STEPS, WARMUP_SHARE = 20, 0.2
 
@@ -26,7 +26,7 @@ def default_learning_rate(model: nn.Module) -> float:
     """Learning rate at which Adam trains a network: what ``learning_rate="auto"`` stands for.
 
     2e-3, and for networks with pre-activation residual units less where they are deep and wide: in inverse proportion
-    to the inputs of all linear layers together, from those of the article's network on. Plain networks and
+    to the inputs of all linear layers together (7 over their sum, where that is less). Plain networks and
     ``order="post"`` normalise what they pass on layer by layer, and want no lower rate for depth.
 
     Parameters
@@ -42,7 +42,7 @@ def default_learning_rate(model: nn.Module) -> float:
     --------
     >>> from rvae_fast import RVAE
     >>> [round(default_learning_rate(RVAE(784, n_layers=n)), 5) for n in (10, 20, 80, 200)]
-    [0.002, 0.00108, 0.00026, 0.0001]
+    [0.00068, 0.00037, 9e-05, 4e-05]
     """
     modules = list(model.modules())
     if not any(isinstance(module, ResidualBlock) and module.order == "pre" for module in modules):

@@ -25,8 +25,8 @@ def preset(name: str) -> dict[str, Any]:
     Parameters
     ----------
     name : {"table", "image"}
-        ``"image"`` is the article's network and its 200 epochs (10 layers a side, bottleneck 20, batches of 256; its
-        learning rate is 2e-3, a deeper one's less); measured in ``docs/notes/defaults.md``.
+        ``"image"`` is the article's network and its 200 epochs (10 layers a side, bottleneck 20, batches of 256);
+        the measurements behind the choice are in ``docs/notes/defaults.md``.
 
     Returns
     -------
