@@ -136,9 +136,9 @@ class TrainingConfig:
         if self.seed is not None:
             put("seed", _integer("seed", self.seed, 0, "or None", high=2**63 - 1))
         put("eps", _number("eps", self.eps, 0.0, _INF, low_open=True))
-        if self.learning_rate != "auto":
+        if not _is_auto(self.learning_rate):
             put("learning_rate", _number("learning_rate", self.learning_rate, 0.0, _INF, low_open=True, also=_OR_AUTO))
-        if self.warmup_epochs != "auto":
+        if not _is_auto(self.warmup_epochs):
             put("warmup_epochs", _number("warmup_epochs", self.warmup_epochs, 0.0, _INF, also=_OR_AUTO))
         for name in _AT_LEAST_0:
             put(name, _number(name, getattr(self, name), 0.0, _INF))
@@ -148,7 +148,7 @@ class TrainingConfig:
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         put("betas", tuple(_number("betas", beta, 0.0, 1.0) for beta in self.betas))
-        highest = LEARNING_RATE if self.learning_rate == "auto" else float(self.learning_rate)
+        highest = LEARNING_RATE if _is_auto(self.learning_rate) else float(self.learning_rate)
         if self.final_learning_rate > highest:
             limit = f"at most learning_rate ({highest})"
             raise ValueError(f"final_learning_rate must be {limit}, got {self.final_learning_rate}")
@@ -181,6 +181,10 @@ _CHOICES = {
     "precision": ("auto", "fp32", "bf16"),
     "checkpoint_unit": ("epochs", "steps"),
 }
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
 
 
 def _integer(name: str, value: Any, low: int, also: str = "", *, high: int | None = None) -> int:

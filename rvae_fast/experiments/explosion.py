@@ -36,6 +36,7 @@ CURES: dict[str, dict[str, Any]] = {
     "large batch": {**_PLAIN, "accumulate": 16},
 }
 DEFAULTS = "defaults"
+#: By name: what the library chooses is what is looked at here.
 _DEFAULTS: dict[str, Any] = {"learning_rate": "auto", "warmup_epochs": "auto"}
 
 
