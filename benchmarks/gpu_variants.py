@@ -107,7 +107,9 @@ def prepare(job: Job, device: torch.device) -> Prepared:
                 return last(h, x)
 
         return Prepared(run_last)
-    return _loss(cell, variant, device, context, normal)
+    if cell.workload.startswith("loss"):
+        return _loss(cell, variant, device, context, normal)
+    raise ValueError(f"no workload {cell.workload!r}")
 
 
 def _train(cell: Cell, variant: str, device: torch.device, context: Any, x: Tensor) -> Prepared:

@@ -56,7 +56,7 @@ PARAMETERS = (
         "epochs", "--epochs", int, "Passes over the rows [default: about 1000 steps' worth].", TRAINING, None, "-e"
     ),
     Parameter("batch_size", "--batch-size", int, "[default: 256]", TRAINING, None, "-b"),
-    Parameter("learning_rate", "--learning-rate", float, "[default: 0.002, less for deep nets]", TRAINING),
+    Parameter("learning_rate", "--learning-rate", float, "[default: 0.002, less for deep and wide nets]", TRAINING),
     Parameter("optimizer", "--optimizer", str, "adamw, adam or radam.", TRAINING),
     Parameter("weight_decay", "--weight-decay", float, "[default: 0]", TRAINING),
     Parameter("schedule", "--schedule", str, "Learning rate: cosine, linear, constant.", TRAINING),

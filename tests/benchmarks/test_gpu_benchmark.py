@@ -227,7 +227,8 @@ def test_a_cell_that_cannot_run_says_why() -> None:
     import torch
 
     result = gpu_measure.run_job(Job(Cell("no such workload", 4, 4), "rvae_fast"), torch.device("cpu"), 0.0)
-    assert "seconds" in result or "error" in result
+    assert result["error"] == "ValueError: no workload 'no such workload'"
+    assert "seconds" not in result
     broken = gpu_measure.run_job(Job(Cell("train", 4, 4, 0), "compile"), torch.device("meta"), 0.0)
     assert "error" in broken
 
