@@ -108,7 +108,7 @@ def prepare(job: Job, device: torch.device) -> Prepared:
 
         return Prepared(run_last)
     if cell.workload.startswith("loss"):
-        return _loss(cell, variant, device, context, normal)
+        return _loss(cell, variant, device, normal)
     raise ValueError(f"no workload {cell.workload!r}")
 
 
@@ -132,7 +132,7 @@ def _train(cell: Cell, variant: str, device: torch.device, context: Any, x: Tens
     return Prepared(step, forward)
 
 
-def _loss(cell: Cell, variant: str, device: torch.device, context: Any, normal: Any) -> Prepared:
+def _loss(cell: Cell, variant: str, device: torch.device, normal: Any) -> Prepared:
     backward = "backward" in cell.workload
     dtype = torch.bfloat16 if cell.dtype == "bf16" else torch.float32
 

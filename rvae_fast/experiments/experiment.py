@@ -12,9 +12,9 @@ from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.tables import Row
 
-#: The library's own choices for images (see ``rvae_fast.preset``), less the number of epochs and the learning rate: that
-#: of the recorded results. Said in full, because a recipe is what results are compared by: it must not change with a
-#: default.
+#: The library's own choices for images (see ``rvae_fast.preset``), less the number of epochs and the learning rate,
+#: which is that of the recorded results. Said in full, because a recipe is what results are compared by: it must not
+#: change with a default.
 TRAINING: dict[str, Any] = {
     "batch_size": 256, "learning_rate": 2e-3, "schedule": "cosine", "warmup_epochs": 1.0, "max_grad_norm": 10.0,
     "optimizer": "adamw", "kld_weight": 1.0, "precision": "auto",
