@@ -56,13 +56,14 @@ def residual_stages(
     layers: int,
     widths: Sequence[int] | None = None,
     blocks: int | Sequence[int] | None = None,
+    stages: int = MAX_STAGES,
 ) -> Stages:
     """Plan the encoder of a residual network.
 
-    Without ``widths``, ``n_layers`` is divided into at most four stages: each gets one unit of ``layers`` linear layers
-    and one transition, the last stage may be a bare transition, and what is left over becomes further units, the widest
-    stages first. Ten layers with units of two: four transitions and three units. The widths fall linearly from the
-    input's to the bottleneck's, as the plain networks' do.
+    Without ``widths``, ``n_layers`` is divided into as many stages as it fills, at most ``stages``: each gets one unit
+    of ``layers`` linear layers and one transition, the last stage may be a bare transition, and what is left over
+    becomes further units, the widest stages first. Ten layers with units of two: four transitions and three units. The
+    widths fall linearly from the input's to the bottleneck's, as the plain networks' do.
 
     Parameters
     ----------
@@ -76,6 +77,9 @@ def residual_stages(
         Explicit width of each stage. When the first differs from ``in_features``, a projection is put before it.
     blocks : int or sequence of int, optional
         Units of each stage (with ``widths``: 1 each by default).
+    stages : int, default 4
+        At most so many, but for layers that fill no unit, each of which is a stage more; ignored when ``widths`` is
+        given.
 
     Raises
     ------
@@ -99,15 +103,15 @@ def residual_stages(
     if blocks is not None:
         raise ValueError("blocks needs widths: without explicit stages the units are placed by n_layers")
     n_layers = positive_int("n_layers", n_layers)
-    stages, units = _divide(n_layers, layers)
-    stage_widths = linear_widths(in_features, latent_features, stages)[:-1]
-    stage_blocks = tuple(units // stages + (i < units % stages) for i in range(stages))
+    count, units = _divide(n_layers, layers, positive_int("stages", stages))
+    stage_widths = linear_widths(in_features, latent_features, count)[:-1]
+    stage_blocks = tuple(units // count + (i < units % count) for i in range(count))
     return Stages(stage_widths, stage_blocks)
 
 
-def _divide(n_layers: int, layers: int) -> tuple[int, int]:
+def _divide(n_layers: int, layers: int, most: int) -> tuple[int, int]:
     """Split a layer count into (stages, units): every stage but the last has a unit where the count allows it."""
-    for stages in range(min(MAX_STAGES, n_layers), 0, -1):
+    for stages in range(min(most, n_layers), 0, -1):
         units, rest = divmod(n_layers - stages, layers)
         if rest == 0 and units >= stages - 1:
             return stages, units

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from rvae_fast import reference
 from rvae_fast._activations import Activation, check_activation
-from rvae_fast._architecture import plain_widths, positive_int, residual_stages
+from rvae_fast._architecture import MAX_STAGES, plain_widths, positive_int, residual_stages
 from rvae_fast.nn import ORDERS, PlainStack, ResidualStack, Transition, check_rows
 from rvae_fast.ops import posterior
 from rvae_fast.ops.decoder_error import decoder_error
@@ -79,6 +79,10 @@ class Autoencoder(nn.Module):
         the first stage's differs from ``in_features``, a projection leads to it.
     blocks : int or sequence of int, optional
         Residual units of each stage; needs ``widths``. Residual models only.
+    stages : int, default 4
+        At most so many stages are made of ``n_layers`` (layers that fill no unit are further ones). A stage ends in a
+        transition, which no unit skips: fewer stages keep more of the width and of the identity path, for more work a
+        layer. Without effect beside ``widths`` and in plain models.
     order : {"pre", "post"}, default "pre"
         Kind of residual unit, see :class:`rvae_fast.ResidualBlock`. The plain models have no units: there it is
         checked and has no effect.
@@ -117,6 +121,7 @@ class Autoencoder(nn.Module):
         n_layers: int = 10,
         widths: Sequence[int] | None = None,
         blocks: int | Sequence[int] | None = None,
+        stages: int = MAX_STAGES,
         order: str = "pre",
         layers: int = 2,
         activation: str = "leaky_relu",
@@ -131,6 +136,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.in_features = positive_int("in_features", in_features)
         self.latent_features = positive_int("latent_features", latent_features)
+        stages = positive_int("stages", stages)
         check_activation(activation, negative_slope)
         _one_of("order", order, ORDERS)
         _one_of("likelihood", likelihood, LIKELIHOODS)
@@ -151,6 +157,7 @@ class Autoencoder(nn.Module):
             "n_layers": n_layers,
             "widths": None if widths is None else list(widths),
             "blocks": list(blocks) if isinstance(blocks, Sequence) else blocks,
+            "stages": stages,
             "order": order,
             "layers": layers,
             "activation": activation,
@@ -164,14 +171,15 @@ class Autoencoder(nn.Module):
         }
         code = self.latent_features * (2 if self.is_variational else 1)
         if self.is_residual:
-            stages = residual_stages(
-                self.in_features, self.latent_features, n_layers=n_layers, layers=layers, widths=widths, blocks=blocks
-            )
+            plan = residual_stages(
+                self.in_features, self.latent_features,
+                n_layers=n_layers, layers=layers, widths=widths, blocks=blocks, stages=stages,
+            )  # fmt: skip
             options: dict[str, Any] = {
                 "layers": layers, "order": order, "activation": activation, "negative_slope": negative_slope,
                 "eps": eps, "momentum": momentum, "dropout": dropout, "zero_init": init == "zero",
             }  # fmt: skip
-            self.encoder, self.decoder = _residual_net(self.in_features, self.latent_features, code, stages, options)
+            self.encoder, self.decoder = _residual_net(self.in_features, self.latent_features, code, plan, options)
         else:
             hidden = plain_widths(self.in_features, self.latent_features, n_layers=n_layers, widths=widths)
             self.encoder = _plain_net((*hidden[:-1], code), activation, negative_slope, eps, momentum)

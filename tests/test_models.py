@@ -47,6 +47,27 @@ def test_stages_of_the_article_s_ten_layers():
     ]
 
 
+def test_so_many_stages_at_most():
+    for n_layers in (2, 4, 8, 10, 32, 100):
+        plan = residual_stages(784, 20, n_layers=n_layers, layers=2, stages=2)
+        assert plan.widths == (784, 402)
+        assert plan.n_layers(2, 784) == n_layers
+    assert residual_stages(784, 20, n_layers=10, layers=2, stages=2).blocks == (2, 2)
+    assert residual_stages(24, 3, n_layers=11, layers=2, stages=1).blocks == (5,)
+    assert residual_stages(24, 3, n_layers=10, layers=2, stages=1).blocks == (2, 2), "nine layers do not fill units"
+    model = RVAE(24, 3, n_layers=11, stages=1)
+    again = RVAE(**model.config())
+    assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
+    assert len(list(again.encoder)) == 2
+
+
+@pytest.mark.parametrize("stages", [0, 1.5, True])
+@pytest.mark.parametrize("model", [AE, RVAE])
+def test_stages_must_be_a_number_of_them(model, stages):
+    with pytest.raises((TypeError, ValueError), match=r"stages must be .*1.*got"):
+        model(24, 3, stages=stages)
+
+
 def test_decoder_mirrors_encoder():
     net = RVAE(50, 4, n_layers=11)
     encoder = [(layer.in_features, layer.out_features) for layer in linears(net.encoder)]

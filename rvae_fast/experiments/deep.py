@@ -1,9 +1,8 @@
-"""Eighty layers: the later article's comparison of RVAE, in large effective batches, with VAE."""
+"""Eighty layers: the later article's comparison of RVAE with VAE."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rvae_fast.experiments import article
 from rvae_fast.experiments.cells import Cell
@@ -16,30 +15,28 @@ from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary
 SCORES = ("reconstruction",)
 METRIC = "auroc_reconstruction"
 N_LAYERS = 80
-EPOCHS = 200
+
+#: The article trains for 200 epochs, RVAE in effective batches of 4000 (``--variant large-batch``). By the library's
+#: rate for the depth and batches of 256, so few end below its train loss, in about two hours of two cores.
+EPOCHS = 8
 
 #: RVAE's share of VAE's train loss: 30.65 / 48.80 = .63 in the article.
 SHARE = 0.65
 
 
 def grid(settings: Settings) -> list[Cell]:
-    """RVAE (16 batches of 250 a step) and VAE (batch 256) at 80 layers, novel digits 0 and 1."""
+    """RVAE and VAE at 80 layers, novel digits 0 and 1."""
     cells = []
     for data in settings.data:
         for seed in range(settings.seeds):
             for novel in ("0",) if settings.quick else ("0", "1"):
                 for model, order in (("RVAE", "pre"), ("VAE", "")):
-                    gathered: dict[str, Any] = {}
-                    if order:  # the plain VAE keeps the rate of ten layers: at the residual one's it hardly learns
-                        gathered = {
-                            "learning_rate": "auto",
-                            "batch_size": 250,
-                            "accumulate": 2 if settings.quick else 16,
-                        }
+                    # The plain VAE keeps the rate of ten layers: at the residual one's it hardly learns.
+                    rate = {"learning_rate": "auto"} if order else {}
                     cells.append(
                         Cell(
                             data=data, novel=novel, model=model, order=order, n_layers=N_LAYERS, seed=seed,
-                            training=settings.training(EPOCHS, 4, **gathered), scores=SCORES, rows=settings.rows(1000),
+                            training=settings.training(EPOCHS, 4, **rate), scores=SCORES, rows=settings.rows(1000),
                         )
                     )  # fmt: skip
     return settings.vary(cells)
@@ -96,8 +93,8 @@ EXPERIMENT = Experiment(
     name="deep",
     title="Eighty layers",
     description=(
-        "RVAE in effective batches of 4000 against VAE in batches of 256, 80 layers a side, novel digits 0 and 1. The "
-        "later article: train loss 30.65 and 48.80, AUROC .7267 and .6027."
+        "RVAE against VAE, 80 layers a side, novel digits 0 and 1. The later article, after 200 epochs, its RVAE in "
+        "effective batches of 4000: train loss 30.65 and 48.80, AUROC .7267 and .6027."
     ),
     data=("mnist",),
     seeds=5,

@@ -30,6 +30,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "noise": ("Gaussian noise of standard deviation 0.2 on the input while training", {"noise": 0.2}),
     "absolute": ("absolute in place of squared error", {"network": {"likelihood": "absolute"}}),
     "bernoulli": ("binary cross-entropy in place of squared error", {"network": {"likelihood": "bernoulli"}}),
+    "large-batch": ("effective batches of 4000 rows, 16 of 250", {"training": {"batch_size": 250, "accumulate": 16}}),
     "ensemble": ("three models of different seeds, scores averaged", {"members": 3}),
 }
 
@@ -51,7 +52,7 @@ class Settings:
     variant : str
         One of :data:`VARIANTS`, or empty.
     max_rows : int, optional
-        Training rows at most, in place of all (or of a quick run's part).
+        Training rows at most, in place of the experiment's own number (or of a quick run's).
     """
 
     data: tuple[str, ...]
@@ -66,9 +67,9 @@ class Settings:
         own = quick_epochs if self.quick else epochs
         return {**TRAINING, "epochs": self.epochs or own, **changes}
 
-    def rows(self, quick_rows: int) -> int | None:
-        """Training rows at most."""
-        return self.max_rows or (quick_rows if self.quick else None)
+    def rows(self, quick_rows: int, own: int | None = None) -> int | None:
+        """Training rows at most; None for all."""
+        return self.max_rows or (quick_rows if self.quick else own)
 
     def vary(self, cells: Sequence[Cell]) -> list[Cell]:
         """The cells with the variant's changes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from rvae_fast.datasets.cache import load_arrays
-from rvae_fast.experiments import scores
+from rvae_fast.experiments import by_name, scores
 from rvae_fast.experiments.experiment import VARIANTS, Settings
 from rvae_fast.experiments.runner import run
 from rvae_fast.experiments.scores import all_scores
 from rvae_fast.experiments.store import Results
-from rvae_fast.experiments.work import metric_names, run_cell, spike, steps_file
+from rvae_fast.experiments.work import build, metric_names, run_cell, spike, steps_file
 from rvae_fast.models import RVAE, VAE
+from rvae_fast.nn import Transition
 
 from .conftest import cell
 
@@ -129,3 +131,18 @@ def test_scores_of_one_pass_are_those_of_each_alone(kind: Any, options: dict[str
     for name in scores.TOGETHER:
         for a, b in zip(together[name], all_scores(model, (name,), train, validation, test, 0)[name], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=name)
+
+
+def test_rows_are_the_user_s_or_the_quick_run_s_or_the_experiment_s() -> None:
+    settings = Settings(data=("digits",), seeds=1)
+    assert settings.rows(100) is None
+    assert settings.rows(100, 6000) == 6000
+    assert dataclasses.replace(settings, quick=True).rows(100, 6000) == 100
+    assert dataclasses.replace(settings, quick=True, max_rows=7).rows(100, 6000) == 7
+
+
+def test_the_number_of_transitions_does_not_change_with_depth_in_degradation() -> None:
+    cells = [c for c in by_name("degradation").grid(Settings(data=("emnist",), seeds=1)) if c.model == "RAE"]
+    assert {c.n_layers for c in cells} == {2, 4, 6, 8, 10, 12, 14, 16, 32, 64, 100}
+    transitions = {sum(isinstance(m, Transition) for m in build(c, 784, 0).modules()) for c in cells}
+    assert transitions == {4}
