@@ -2,7 +2,7 @@
 
 A stack of 100 layers is several hundred launches. Choosing tiles, making views and binding arguments anew for each of
 them costs the host more than the GPU needs for a small layer; all of it depends on shapes and dtypes alone. So the
-driver (``residual_stack.py``) runs once for a set of shapes, on stand-ins without memory, and what it would have
+driver (``residual_stack*.py``) runs once for a set of shapes, on stand-ins without memory, and what it would have
 launched is kept as a :class:`Tape`: kernels already compiled and loaded, arguments by number. Playing it takes the real
 tensors, allocates the temporaries (memory of one serves another as soon as its last reader has been launched) and
 launches.

@@ -1,4 +1,4 @@
-"""A stack of residual units forward and backward: which layer kernel runs when, and what is kept between.
+"""A stack of residual units forward: which layer kernel runs when, and what is kept for the way back.
 
 With ``L`` layers of one width in ``N`` units:
 
@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 
 from . import configurations
-from .batch_norm import Moments, column_moments, merge_gradients, merge_moments, running_norm
+from .batch_norm import Moments, column_moments, merge_moments, running_norm
 from .launch import Number, Tape, call
 from .layer_backward import layer_backward
 from .layer_forward import layer_forward
-from .norm_activation import norm_activation, norm_activation_backward, norm_backward
+from .norm_activation import norm_activation
 from .plain_layer import plain_layer_backward, plain_layer_forward, plain_weight_gradient
 from .weight_gradient import weight_gradient
 
@@ -65,19 +65,6 @@ class Kept(NamedTuple):
     norms: Tensor
 
 
-class StackGradients(NamedTuple):
-    """Of x in its dtype, None if unwanted; of the parameters in fp32, one row a layer.
-
-    ``weights`` has no rows where none is wanted, and zeros for those that are not.
-    """
-
-    x: Tensor | None
-    weights: Tensor
-    biases: Tensor
-    norm_weights: Tensor
-    norm_biases: Tensor
-
-
 class Layer(NamedTuple):
     """The three passes of a layer, by a strategy."""
 
@@ -99,7 +86,7 @@ LAYERS = {
 }
 
 
-class _Key(NamedTuple):
+class Key(NamedTuple):
     """All that a recording depends on."""
 
     device: torch.device
@@ -128,18 +115,18 @@ def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype | None:
     return tensors[0].dtype if tensors else None
 
 
-def _aligned(x: Tensor, *lists: Sequence[Tensor]) -> bool:
+def aligned(x: Tensor, *lists: Sequence[Tensor]) -> bool:
     # Of a width that is no multiple of 8, rows start anywhere and the address of the first one is of no use.
     if x.shape[1] % 8 or x.data_ptr() % 16:
         return False
     return not any(t.data_ptr() % 16 for tensors in lists for t in tensors)
 
 
-def _needs_cast(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
+def needs_cast(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return weights[0].dtype != dtype or not all(w.is_contiguous() for w in weights)
 
 
-def _cast(tape: Tape, weights: list[Tensor], key: _Key) -> list[Tensor]:
+def cast_weights(tape: Tape, weights: list[Tensor], key: Key) -> list[Tensor]:
     """The weights, contiguous, in the products' dtype: one kernel for all of them."""
     if not key.cast:
         return weights
@@ -148,7 +135,7 @@ def _cast(tape: Tape, weights: list[Tensor], key: _Key) -> list[Tensor]:
     return cast
 
 
-def _kept_shapes(key: _Key) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def kept_shapes(key: Key) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Of inner, stream and norms."""
     units = key.depth // key.options.layers
     inner = (key.depth - units if key.options.order == "pre" else key.depth) if key.keep else 0
@@ -192,13 +179,13 @@ def stack_forward(
     kept : Kept
     """
     rows, width = x.shape
-    key = _Key(
-        x.device, _aligned(x, weights), rows, width, len(weights), options, eps, x.dtype, weights[0].dtype,
-        _needs_cast(weights, options.dtype), _dtype_of(biases), _dtype_of(norm_weights), _dtype_of(norm_biases),
+    key = Key(
+        x.device, aligned(x, weights), rows, width, len(weights), options, eps, x.dtype, weights[0].dtype,
+        needs_cast(weights, options.dtype), _dtype_of(biases), _dtype_of(norm_weights), _dtype_of(norm_biases),
         _dtype_of(running_means), keep, bool(momentum), False, (),
-        *_choice(options, x),
+        *choice(options, x),
     )  # fmt: skip
-    inner_shape, stream_shape, norms_shape = _kept_shapes(key)
+    inner_shape, stream_shape, norms_shape = kept_shapes(key)
     result = torch.empty_like(x)
     kept = Kept(
         x.new_empty(inner_shape, dtype=options.dtype),
@@ -208,28 +195,28 @@ def stack_forward(
     values = [x, result, *kept, *weights, *biases, *norm_weights, *norm_biases]
     if not options.batch_stats or momentum:
         values += [*running_means, *running_vars]
-    with torch.no_grad(), _on(x.device):
+    with torch.no_grad(), on_device(x.device):
         _forward_tape(key).play([*values, *momentum])
     return result, kept
 
 
-def _on(device: torch.device) -> Any:
+def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _choice(options: StackOptions, x: Tensor) -> tuple[str, tuple[Any, ...]]:
+def choice(options: StackOptions, x: Tensor) -> tuple[str, tuple[Any, ...]]:
     strategy = configurations.strategy(options.dtype, x.shape[0], x.shape[1], x.device)
     return strategy, configurations.policy(options.dtype)
 
 
 @functools.lru_cache(maxsize=128)
-def _forward_tape(key: _Key) -> Tape:
+def _forward_tape(key: Key) -> Tape:
     options, depth, square, column = key.options, key.depth, (key.width, key.width), (key.width,)
     with Tape(key.device, key.aligned).recording() as tape:
         x, result = (tape.input((key.rows, key.width), key.x) for _ in range(2))
         kept = [
             tape.input(shape, dtype)
-            for shape, dtype in zip(_kept_shapes(key), (options.dtype, key.x, torch.float32), strict=True)
+            for shape, dtype in zip(kept_shapes(key), (options.dtype, key.x, torch.float32), strict=True)
         ]
         weights = tape.inputs(depth, square, key.weight)
         vectors = [tape.inputs(depth, column, dtype) for dtype in (key.bias, key.norm_weight, key.norm_bias)]
@@ -240,7 +227,7 @@ def _forward_tape(key: _Key) -> Tape:
         norms = _Norms(key, vectors[1], vectors[2], running, momentum, tape.unbind(kept[2]))
         run = _forward_pre if options.order == "pre" else _forward_post
         inner, stream = (tape.unbind(t) for t in kept[:2])
-        run(x, result, _cast(tape, weights, key), vectors[0] or [None] * depth, norms, inner, stream, key)
+        run(x, result, cast_weights(tape, weights, key), vectors[0] or [None] * depth, norms, inner, stream, key)
     return tape
 
 
@@ -248,7 +235,7 @@ class _Norms:
     """Turns the statistics of a layer's input into ``norm``."""
 
     def __init__(
-        self, key: _Key, weights: list[Tensor], biases: list[Tensor], running: list[tuple[Tensor, Tensor]],
+        self, key: Key, weights: list[Tensor], biases: list[Tensor], running: list[tuple[Tensor, Tensor]],
         momentum: list[Number], out: list[Tensor],
     ) -> None:  # fmt: skip
         self.key, self.out = key, out
@@ -264,16 +251,16 @@ class _Norms:
         return merge_moments(*moments, key.rows, weight, bias, key.eps, out=self.out[i], **update)
 
 
-def _setting(key: _Key) -> tuple[Layer, dict[str, Any]]:
+def setting(key: Key) -> tuple[Layer, dict[str, Any]]:
     return LAYERS[key.strategy], {"activation": key.options.activation, "negative_slope": key.options.negative_slope}
 
 
 def _forward_pre(
     x: Tensor, result: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: _Norms,
-    inner: list[Tensor], stream: list[Tensor], key: _Key,
+    inner: list[Tensor], stream: list[Tensor], key: Key,
 ) -> None:  # fmt: skip
     layers, batch_stats = key.options.layers, key.options.batch_stats
-    layer, act = _setting(key)
+    layer, act = setting(key)
     y, unit_input = x, x
     free_inner, free_stream = iter(inner), iter(stream)
     moments = column_moments(x) if batch_stats else None
@@ -295,10 +282,10 @@ def _forward_pre(
 
 def _forward_post(
     x: Tensor, result: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: _Norms,
-    inner: list[Tensor], stream: list[Tensor], key: _Key,
+    inner: list[Tensor], stream: list[Tensor], key: Key,
 ) -> None:  # fmt: skip
     layers = key.options.layers
-    layer, act = _setting(key)
+    layer, act = setting(key)
     y, unit_input = x, x
     norm: Tensor | None = None
     for i in range(key.depth):
@@ -312,156 +299,3 @@ def _forward_post(
         )  # fmt: skip
         norm = norms.finish(i, moments)
     norm_activation(y, norms.out[-1], skip=unit_input, out=result, **act)
-
-
-def stack_backward(
-    grad: Tensor,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    kept: Kept,
-    options: StackOptions,
-    *,
-    need_x: bool = True,
-    need_weights: Sequence[bool] | None = None,
-) -> StackGradients:
-    """Gradients of :func:`stack_forward`.
-
-    Parameters
-    ----------
-    grad : [rows, width] contiguous, of x's dtype
-        Gradient of the result.
-    x, weights, options
-        The forward's.
-    kept : Kept
-        From a forward pass with ``keep``.
-    need_x, need_weights
-        Which of the gradients that cost a pass of their own are wanted; all by default.
-    """
-    (rows, width), depth = x.shape, len(weights)
-    need = (True,) * depth if need_weights is None else tuple(need_weights)
-    key = _Key(
-        x.device, _aligned(x, [grad], weights), rows, width, depth, options, 0.0, x.dtype, weights[0].dtype,
-        _needs_cast(weights, options.dtype), None, None, None, None, True, False, need_x, need,
-        *_choice(options, x),
-    )  # fmt: skip
-    grads = StackGradients(
-        torch.empty_like(x) if need_x else None,
-        (x.new_empty if all(need) else x.new_zeros)((depth if any(need) else 0, width, width), dtype=torch.float32),
-        *(x.new_empty((depth, width), dtype=torch.float32) for _ in range(3)),
-    )
-    with torch.no_grad(), _on(x.device):
-        _backward_tape(key).play([grad, x, *kept, *weights, *(g for g in grads if g is not None)])
-    return grads
-
-
-class _Gradients(NamedTuple):
-    """Stand-ins of :class:`StackGradients`, by layer."""
-
-    x: Tensor | None
-    weights: list[Tensor]
-    biases: list[Tensor]
-    norm_weights: list[Tensor]
-    norm_biases: list[Tensor]
-
-
-class _KeptLayers(NamedTuple):
-    """Stand-ins of :class:`Kept`, by layer."""
-
-    inner: list[Tensor]
-    stream: list[Tensor]
-    norms: list[Tensor]
-
-
-@functools.lru_cache(maxsize=128)
-def _backward_tape(key: _Key) -> Tape:
-    options, depth, square = key.options, key.depth, (key.width, key.width)
-    with Tape(key.device, key.aligned).recording() as tape:
-        grad, x = (tape.input((key.rows, key.width), key.x) for _ in range(2))
-        dtypes = (options.dtype, key.x, torch.float32)
-        kept = _KeptLayers(*(tape.unbind(tape.input(s, d)) for s, d in zip(_kept_shapes(key), dtypes, strict=True)))
-        weights = tape.inputs(depth, square, key.weight)
-        out = _Gradients(
-            tape.input((key.rows, key.width), key.x) if key.need_x else None,
-            tape.unbind(tape.input((depth if any(key.need_weights) else 0, *square), torch.float32)),
-            *(tape.unbind(tape.input((depth, key.width), torch.float32)) for _ in range(3)),
-        )
-        run = _backward_pre if options.order == "pre" else _backward_post
-        run(grad, x, _cast(tape, weights, key), kept, out, key)
-    return tape
-
-
-def _column_sums(out: Tensor, grad: Tensor) -> None:
-    torch.sum(grad, 0, dtype=torch.float32, out=out)
-
-
-def _backward_pre(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: _Key
-) -> None:
-    depth, layers = key.depth, key.options.layers
-    layer, act = _setting(key)
-    # The input of layer i: x, a unit's output, or a raw output inside a unit.
-    raws = [
-        (x if i == 0 else kept.stream[i // layers - 1]) if i % layers == 0 else kept.inner[i - i // layers - 1]
-        for i in range(depth)
-    ]
-    # g, with y and norm_grad: gradient at the activation of the layer above, whose BatchNorm is still to be passed.
-    g, y, norm_grad, skip_grad = grad, None, None, None
-    unit_grad = grad
-    call(_column_sums, out.biases[depth - 1], grad)
-    first_bias = torch.empty_like(out.biases[0])  # where merge_gradients has no layer before to write to
-    for i in reversed(range(depth)):
-        raw, norm = raws[i], kept.norms[i]
-        d, grad_y, tile_sums = layer.backward(
-            g, weights[i], y=y, norm_grad=norm_grad, skip_grad=skip_grad, x=raw, norm=norm, **act
-        )
-        if key.need_weights[i]:
-            layer.weight(grad_y, raw, norm=norm, dtype=key.options.dtype, out=out.weights[i], **act)
-        if (i + 1) % layers == 0:
-            unit_grad, unit_sum = grad_y, out.biases[i]
-        starts_unit = i % layers == 0
-        assert tile_sums is not None
-        *_, norm_grad = merge_gradients(
-            tile_sums, norm, key.rows, key.options.batch_stats, skip_sum=unit_sum if starts_unit else None,
-            out=(out.norm_weights[i], out.norm_biases[i], out.biases[i - 1] if i else first_bias),
-        )  # fmt: skip
-        g, y, skip_grad = d, raw, unit_grad if starts_unit else None
-    assert y is not None
-    assert norm_grad is not None
-    if out.x is not None:
-        norm_backward(g, y, norm_grad, skip_grad=skip_grad, out=out.x)
-
-
-def _backward_post(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: _Key
-) -> None:
-    layers = key.options.layers
-    layer, act = _setting(key)
-    inputs = [x, *kept.stream]
-    tile_sums: Tensor | None
-    d, tile_sums = norm_activation_backward(grad, kept.inner[-1], kept.norms[-1], skip=inputs[-1], **act)
-    unit_d = d  # gradient inside the unit's last activation: it also goes over the skip
-    for i in reversed(range(key.depth)):
-        y = kept.inner[i]
-        assert tile_sums is not None
-        *_, norm_grad = merge_gradients(
-            tile_sums, kept.norms[i], key.rows, key.options.batch_stats,
-            out=(out.norm_weights[i], out.norm_biases[i], out.biases[i]),
-        )  # fmt: skip
-        before = {"x": kept.inner[i - 1], "norm": kept.norms[i - 1]} if i else {}
-        if i % layers:
-            d, grad_y, tile_sums = layer.backward(d, weights[i], y=y, norm_grad=norm_grad, **before, **act)
-        elif i > 0:
-            d, grad_y, tile_sums = layer.backward(
-                d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, skip=inputs[i // layers - 1], dtype=key.x,
-                **before, **act,
-            )  # fmt: skip
-            unit_d = d
-        elif out.x is not None:
-            _, grad_y, _ = layer.backward(
-                d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, dtype=key.x, out=out.x, **act
-            )
-        else:
-            grad_y = norm_backward(d, y, norm_grad)
-        if key.need_weights[i]:
-            source = {"x": inputs[i // layers]} if i % layers == 0 else before
-            layer.weight(grad_y, **source, dtype=key.options.dtype, out=out.weights[i], **act)

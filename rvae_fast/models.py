@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rvae_fast import reference
-from rvae_fast._activations import Activation, check_activation
+from rvae_fast._activations import check_activation
 from rvae_fast._architecture import MAX_STAGES, plain_widths, positive_int, residual_stages
-from rvae_fast.nn import ORDERS, PlainStack, ResidualStack, Transition, check_rows
+from rvae_fast._networks import plain_net, residual_net
+from rvae_fast.nn import ORDERS, Transition, check_rows
 from rvae_fast.ops import posterior
 from rvae_fast.ops.decoder_error import decoder_error
 from rvae_fast.ops.decoder_error import is_fused as has_decoder_error
@@ -179,11 +179,11 @@ class Autoencoder(nn.Module):
                 "layers": layers, "order": order, "activation": activation, "negative_slope": negative_slope,
                 "eps": eps, "momentum": momentum, "dropout": dropout, "zero_init": init == "zero",
             }  # fmt: skip
-            self.encoder, self.decoder = _residual_net(self.in_features, self.latent_features, code, plan, options)
+            self.encoder, self.decoder = residual_net(self.in_features, self.latent_features, code, plan, options)
         else:
             hidden = plain_widths(self.in_features, self.latent_features, n_layers=n_layers, widths=widths)
-            self.encoder = _plain_net((*hidden[:-1], code), activation, negative_slope, eps, momentum)
-            self.decoder = _plain_net(hidden[::-1], activation, negative_slope, eps, momentum)
+            self.encoder = plain_net((*hidden[:-1], code), activation, negative_slope, eps, momentum)
+            self.decoder = plain_net(hidden[::-1], activation, negative_slope, eps, momentum)
 
     @property
     def logvar_range(self) -> tuple[float, float]:
@@ -313,35 +313,6 @@ def _is_plain_linear(module: nn.Module) -> bool:
     """Whether calling ``module`` is the product with its weight and nothing else (no hooks, no parametrisation)."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return type(module) in (nn.Linear, Transition) and not hooks
-
-
-def _plain_net(
-    widths: Sequence[int], activation: str, negative_slope: float, eps: float, momentum: float | None
-) -> PlainStack:
-    modules: list[nn.Module] = []
-    for i, (before, after) in enumerate(pairwise(widths)):
-        modules.append(nn.Linear(before, after))
-        if i < len(widths) - 2:
-            modules += [nn.BatchNorm1d(after, eps, momentum), Activation(activation, negative_slope)]
-    return PlainStack(*modules)
-
-
-def _residual_net(
-    in_features: int, latent_features: int, code: int, stages: Any, options: dict[str, Any]
-) -> tuple[nn.Sequential, nn.Sequential]:
-    """Encoder and decoder: (stack, transition) per stage, mirrored; a stage without units has no stack."""
-    projected = stages.widths[0] != in_features
-    encoder: list[nn.Module] = [Transition(in_features, stages.widths[0])] if projected else []
-    decoder: list[nn.Module] = [Transition(stages.widths[0], in_features)] if projected else []
-    for i, (width, blocks) in enumerate(zip(stages.widths, stages.blocks, strict=True)):
-        last = i + 1 == len(stages.widths)
-        narrower = latent_features if last else stages.widths[i + 1]
-        if blocks:
-            encoder.append(ResidualStack(width, blocks, **options))
-            decoder.insert(0, ResidualStack(width, blocks, **options))
-        encoder.append(Transition(width, code if last else narrower))
-        decoder.insert(0, Transition(narrower, width))
-    return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
 class AE(Autoencoder):

@@ -15,7 +15,7 @@ activations      [B, W] each             never written: the backward computes th
 ===============  ======================  =============================================================================
 
 Eager PyTorch keeps three ``[B, W]`` tensors a layer. Here are the schema, the fakes and autograd; which call runs where
-is in :mod:`.residual_stack`. The kernels are in ``csrc/cpu/stack_*.cpp`` (CPU) and ``kernels/residual_stack.py``
+is in :mod:`.residual_stack`. The kernels are in ``csrc/cpu/stack_*.cpp`` (CPU) and ``kernels/residual_stack*.py``
 (CUDA).
 """
 

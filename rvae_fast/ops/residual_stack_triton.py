@@ -157,10 +157,12 @@ def backward(
     need_norms: Sequence[bool],
 ) -> _Gradients:
     """The schema's backward, unchecked."""
+    from rvae_fast.kernels.residual_stack_backward import stack_backward
+
     driver = _driver()
     options = driver.StackOptions(layers, order, activation, negative_slope, batch_stats, dtype)
     kept = driver.Kept(inner, stream, statistics)
-    grads = driver.stack_backward(
+    grads = stack_backward(
         gradient.to(x.dtype).contiguous(), x.contiguous(), weights, kept, options,
         need_x=need_x, need_weights=need_weights,
     )  # fmt: skip

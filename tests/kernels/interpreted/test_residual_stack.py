@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rvae_fast import reference
 from rvae_fast.kernels import configurations
-from rvae_fast.kernels.residual_stack import StackOptions, stack_backward, stack_forward
+from rvae_fast.kernels.residual_stack import StackOptions, stack_forward
+from rvae_fast.kernels.residual_stack_backward import stack_backward
 
 PARAMETERS = ("weights", "biases", "norm_weights", "norm_biases")
 EPS = 1e-3

@@ -11,7 +11,7 @@ import pytest
 import torch
 from stack_errors import make, step
 
-from rvae_fast.kernels import configurations, launch, residual_stack, tile_table, tuning
+from rvae_fast.kernels import configurations, launch, residual_stack, residual_stack_backward, tile_table, tuning
 from rvae_fast.kernels.configurations import TileConfig
 from rvae_fast.kernels.tile_table import Chip
 
@@ -167,7 +167,7 @@ def test_tuning_moves_no_running_statistics(monkeypatch: pytest.MonkeyPatch) -> 
     stack, x = make(12, 2), torch.randn(40, 12, requires_grad=True)
     expected = step(stack, x, torch.ones(40, 12), "triton")
     residual_stack._forward_tape.cache_clear()
-    residual_stack._backward_tape.cache_clear()
+    residual_stack_backward._backward_tape.cache_clear()
     made = []
 
     def choose(kernel: str, arithmetic: str, device: torch.device, m: int, n: int, k: int) -> TileConfig:
@@ -178,7 +178,7 @@ def test_tuning_moves_no_running_statistics(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(configurations, "choose", choose)
     tuned = step(stack, x, torch.ones(40, 12), "triton")
     residual_stack._forward_tape.cache_clear()
-    residual_stack._backward_tape.cache_clear()
+    residual_stack_backward._backward_tape.cache_clear()
     assert set(made) == set(configurations.KERNELS)
     for name, value in expected.items():
         torch.testing.assert_close(tuned[name], value, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
