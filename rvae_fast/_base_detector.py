@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 from rvae_fast import _detector_options as options
 from rvae_fast._precision import resolve_device
 from rvae_fast._validation import check_choice, check_finite, check_table, check_unit_range, name_columns
+from rvae_fast.hyperplane import fit_hyperplane, hyperplane_parts
 from rvae_fast.local import fit_local, local_parts
 from rvae_fast.models import Autoencoder
 from rvae_fast.preprocessing import chunks, fit_scaler, scaled_table
@@ -73,7 +74,12 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         rvae_fast.training.NonFiniteError
             When the loss or a gradient becomes NaN or infinite.
         """
-        for name in ("offset_", "nap_", "local_"):  # not fitted until the end, whatever was fitted before
+        for name in (
+            "offset_",
+            "nap_",
+            "local_",
+            "hyperplane_",
+        ):  # not fitted until the end, whatever was fitted before
             self.__dict__.pop(name, None)
         options.check(self)
         # One draw from a RandomState or from NumPy's global one; the same int gives the same detector.
@@ -106,6 +112,8 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
                 )
             if self.anomaly_score == "local":
                 self.local_ = fit_local(model, rows, **self._network_options())
+            if self.anomaly_score == "hyperplane":
+                self.hyperplane_ = fit_hyperplane(model, rows, **self._network_options())
             scores = -np.concatenate(list(self._scores(rows)))
         if not np.isfinite(scores).all():
             raise ValueError(
@@ -238,6 +246,10 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
             if not hasattr(self, "local_"):
                 raise NotFittedError("anomaly_score='local' was set after fit, which then kept no rows: fit again")
             return local_parts(self.model_, self.local_, rows, **self._network_options())
+        if self.anomaly_score == "hyperplane":
+            if not hasattr(self, "hyperplane_"):
+                raise NotFittedError("anomaly_score='hyperplane' was set after fit, which then kept no rows: fit again")
+            return hyperplane_parts(self.model_, self.hyperplane_, rows, **self._network_options())
         weight = getattr(self, "kld_weight", 0.0) if self.anomaly_score == "elbo" else 0.0
         return score_parts(self.model_, rows, kld_weight=weight, **self._network_options())
 

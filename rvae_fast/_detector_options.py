@@ -14,7 +14,7 @@ from rvae_fast.pathway import PATHWAYS
 from rvae_fast.preprocessing import MISSING, SCALERS
 from rvae_fast.rapp import check_share
 
-ANOMALY_SCORES = ("reconstruction", "elbo", "sap", "nap", "local")
+ANOMALY_SCORES = ("reconstruction", "elbo", "sap", "nap", "local", "hyperplane")
 
 #: Optimiser steps after which a table of some thousand rows is learnt well enough.
 STEPS = 1000

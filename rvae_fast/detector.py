@@ -52,12 +52,14 @@ class RVAEDetector(BaseDetector):
         standardised columns 0.2 found clearly more anomalies in some and clearly fewer in others.
     kld_warmup_epochs : float, default 0.0
         Epochs over which that weight rises from 0.
-    anomaly_score : {"reconstruction", "elbo", "sap", "nap", "local"}, default "reconstruction"
+    anomaly_score : {"reconstruction", "elbo", "sap", "nap", "local", "hyperplane"}, default "reconstruction"
         What a row is scored by: its reconstruction error, as in the article; that plus the weighted KL divergence; or
         RaPP's scores, which compare what the row and its reconstruction become inside the encoder
         (:mod:`rvae_fast.rapp`): the squared differences added up, or their squared Mahalanobis distance; or the local
         score (:mod:`rvae_fast.local`): the error beside those of training rows with a similar code, and NAP inside the
-        deeper units. ``"elbo"`` is for the variational detectors.
+        deeper units; or the hyperplane score (:mod:`rvae_fast.hyperplane`): the distance inside the encoder from the
+        plane through the nearest training rows, beside theirs, and NAP. Both keep training rows, the latter up to
+        40,000 of them. ``"elbo"`` is for the variational detectors.
     pathway : {"stages", "units", "branches", "linears", "activations"}, default "stages"
         Where SAP and NAP compare, see :data:`rvae_fast.pathway.PATHWAYS`.
     pathway_input : bool, default True
@@ -108,6 +110,8 @@ class RVAEDetector(BaseDetector):
         With ``anomaly_score="nap"``: what was learnt from the training rows' differences.
     local_ : rvae_fast.local.Local
         With ``anomaly_score="local"``: what was kept of the training rows.
+    hyperplane_ : rvae_fast.hyperplane.Hyperplane
+        With ``anomaly_score="hyperplane"``: the same.
     n_features_in_ : int
     feature_names_in_ : ndarray of str
         Where ``fit`` was given a DataFrame with string column names.

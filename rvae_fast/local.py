@@ -178,13 +178,15 @@ def fit_local(
     """
     neighbours, reference = positive_int("neighbours", neighbours), positive_int("reference", reference, 3)
     check_share("ridge", ridge)
-    rows = _sample(x, reference)
+    rows = sample_rows(x, reference)
     if len(rows) < 3:
         raise ValueError(f"x must have at least 3 rows to compare with each other, got {len(rows)}")
     options: dict[str, Any] = {"device": device, "precision": precision}
-    columns = columns_of(model)
+    columns = columns_of(model, places(model))
     with in_eval(model):
-        seen = map_rows(model, rows, _observer(model, columns, options), batch_size=TILE, row_tile=TILE, **options)
+        seen = map_rows(
+            model, rows, observer(model, columns, places(model), options), batch_size=TILE, row_tile=TILE, **options
+        )
     if not np.isfinite(seen).all():
         raise ValueError(
             f"{np.count_nonzero(~np.isfinite(seen).all(axis=1))} reference rows overflow the network: nothing can be "
@@ -255,13 +257,13 @@ def local_scores(
 
 def local_parts(model: Autoencoder, local: Local, x: Any, **options: Any) -> Iterator[NDArray[np.float64]]:
     """:func:`local_scores` as a generator: one array of scores per chunk of ``x``."""
-    columns = columns_of(model)
+    columns = columns_of(model, places(model))
     widths = _widths(columns)
     fitted = (local.codes.shape[1], *(len(nap.mean) for nap in local.naps))
     if fitted != (model.latent_features, *widths):
         own = (model.latent_features, *widths)
         raise ValueError(f"local was fitted to a code and places of widths {fitted}; this model has {own}")
-    observe, compare = _observer(model, columns, options), local.scorer()
+    observe, compare = observer(model, columns, places(model), options), local.scorer()
 
     def score(rows: Tensor) -> Tensor:
         return compare(*_split(observe(rows), model.latent_features, widths))
@@ -277,7 +279,7 @@ def local_parts(model: Autoencoder, local: Local, x: Any, **options: Any) -> Ite
 # --- private ---
 
 
-def _sample(x: Any, size: int) -> NDArray[Any]:
+def sample_rows(x: Any, size: int) -> NDArray[Any]:
     """At most ``size`` rows of ``x``, each as likely as any other, in their order; ``x`` streams through."""
     rng = np.random.default_rng(0)
     rows: NDArray[Any] | None = None
@@ -296,26 +298,25 @@ def _sample(x: Any, size: int) -> NDArray[Any]:
     return np.empty((0, 0)) if rows is None else rows
 
 
-def columns_of(model: Autoencoder) -> list[tuple[int, int]]:
-    """Of the places that count, first and last column among the differences of all places."""
+def columns_of(model: Autoencoder, wanted: Sequence[int]) -> list[tuple[int, int]]:
+    """Of the ``wanted`` places, first and last column among the differences of all places."""
     weight = next(model.parameters())
     nothing = torch.zeros(1, model.in_features, dtype=weight.dtype, device=weight.device)
     with torch.no_grad(), in_eval(model):
         every = [place.shape[1] for place in hidden(model, nothing, "branches")]
     ends = np.cumsum([0, *every]).tolist()
-    return [(ends[i], ends[i + 1]) for i in places(model)]
+    return [(ends[i], ends[i + 1]) for i in wanted]
 
 
 def _widths(columns: Sequence[tuple[int, int]]) -> list[int]:
     return [stop - start for start, stop in columns]
 
 
-def _observer(
-    model: Autoencoder, columns: Sequence[tuple[int, int]], options: dict[str, Any]
+def observer(
+    model: Autoencoder, columns: Sequence[tuple[int, int]], wanted: Sequence[int], options: dict[str, Any]
 ) -> Callable[[Tensor], Tensor]:
-    """Rows to their error, code and differences at the places that count, side by side."""
+    """Rows to their error, code and differences at the ``wanted`` places, side by side; ``columns`` are theirs."""
     scorer = pathway_scorer(model, "branches", options)
-    wanted = set(places(model))
 
     def observe(rows: Tensor) -> Tensor:
         if scorer is not None:
@@ -335,7 +336,7 @@ def _observer(
 
 
 def _split(seen: Any, latent: int, widths: list[int]) -> tuple[Any, Any, list[Any]]:
-    """Errors ``[n]``, codes and differences of an array or tensor that :func:`_observer` made."""
+    """Errors ``[n]``, codes and differences of an array or tensor that :func:`observer` made."""
     ends = np.cumsum([1 + latent, *widths]).tolist()
     return seen[:, 0], seen[:, 1 : 1 + latent], [seen[:, a:b] for a, b in pairwise(ends)]
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: Raised by one when a file can no longer be read by the versions before.
 FORMAT_VERSION = 1
 
+#: Scores that keep training rows, as ``<score>_`` of a detector and ``<score>.<array>`` in a file.
+KEPT_ROWS = ("local", "hyperplane")
+
 _KEY, _DIGEST = "rvae_fast", "sha256"
 
 
@@ -176,8 +179,10 @@ def _describe_detector(detector: BaseDetector) -> tuple[dict[str, Any], dict[str
     if hasattr(detector, "nap_"):
         tensors["nap.mean"] = torch.from_numpy(detector.nap_.mean)
         tensors["nap.whitening"] = torch.from_numpy(detector.nap_.whitening)
-    if hasattr(detector, "local_"):
-        tensors |= {f"local.{key}": torch.from_numpy(value) for key, value in detector.local_.arrays().items()}
+    for score in KEPT_ROWS:
+        if hasattr(detector, f"{score}_"):
+            arrays = getattr(detector, f"{score}_").arrays()
+            tensors |= {f"{score}.{key}": torch.from_numpy(value) for key, value in arrays.items()}
     return {
         "kind": "detector",
         "class": name,
@@ -216,8 +221,9 @@ def _restore_detector(
     detector.scaler_ = Scaler(document["scaler"], **parts)
     if detector.anomaly_score == "nap" or "nap.mean" in tensors:
         detector.nap_ = _restore_nap(path, tensors)
-    if detector.anomaly_score == "local" or "local.codes" in tensors:
-        detector.local_ = _restore_local(path, tensors)
+    for score in KEPT_ROWS:
+        if detector.anomaly_score == score or any(key.startswith(f"{score}.") for key in tensors):
+            setattr(detector, f"{score}_", _restore_kept_rows(path, score, tensors))
     detector.history_ = History.from_dict({**document["history"], "steps": tensors["history.steps"].numpy()})
     detector.n_iter_ = len(detector.history_.epochs)
     detector.offset_ = float(document["offset"])
@@ -238,12 +244,17 @@ def _restore_nap(path: Path, tensors: dict[str, Tensor]) -> Any:
     return NAP(mean, whitening)
 
 
-def _restore_local(path: Path, tensors: dict[str, Tensor]) -> Any:
+def _restore_kept_rows(path: Path, score: str, tensors: dict[str, Tensor]) -> Any:
+    from rvae_fast.hyperplane import Hyperplane
     from rvae_fast.local import Local
 
-    arrays = {key.removeprefix("local."): t.numpy() for key, t in tensors.items() if key.startswith("local.")}
+    kind: Any = {"local": Local, "hyperplane": Hyperplane}[score]
+    prefix = f"{score}."
+    arrays = {key.removeprefix(prefix): t.numpy() for key, t in tensors.items() if key.startswith(prefix)}
     try:
-        return Local.from_arrays(arrays)
+        return kind.from_arrays(arrays)
+    except KeyError as error:
+        raise FileFormatError(f"{path} has no {prefix}{error.args[0]}, which its anomaly score needs") from error
     except ValueError as error:
         raise FileFormatError(f"{path}: {error}") from error
 

@@ -50,7 +50,13 @@ PARAMETERS = (
     Parameter("activation", "--activation", str, "leaky_relu, relu, elu, silu, gelu, tanh, identity.", MODEL),
     Parameter("likelihood", "--likelihood", str, "Error: squared, absolute or bernoulli.", MODEL),
     Parameter("dropout", "--dropout", float, "In the residual units.", MODEL),
-    Parameter("anomaly_score", "--score-by", str, "reconstruction, elbo (error plus KL), sap, nap or local.", MODEL),
+    Parameter(
+        "anomaly_score",
+        "--score-by",
+        str,
+        "reconstruction, elbo (error plus KL), sap, nap, local or hyperplane.",
+        MODEL,
+    ),
     Parameter("contamination", "--contamination", float, "Share of training rows to flag [default: 0.1].", MODEL),
     Parameter(
         "epochs", "--epochs", int, "Passes over the rows [default: about 1000 steps' worth].", TRAINING, None, "-e"

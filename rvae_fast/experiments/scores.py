@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._taps import taps
-from rvae_fast.local import columns_of, fit_local, local_scores
+from rvae_fast.local import columns_of, fit_local, local_scores, places
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.pathway import PATHWAYS, reconstruct
 from rvae_fast.rapp import TILE, fit_nap, nap_scores, pathway_scorer, sap_scores
@@ -117,7 +117,7 @@ def _together(model: Autoencoder, names: Sequence[str], train: Any, validation: 
         (input_width + a, input_width + a + w) for _, a, w, before in taps(model, "branches").tolist() if not before
     ]
     stages = [(0, input_width), *stages]
-    local_columns = [(input_width + a, input_width + b) for a, b in columns_of(model)]
+    local_columns = [(input_width + a, input_width + b) for a, b in columns_of(model, places(model))]
 
     def score(rows: Tensor) -> Tensor:
         seen = scorer.pathway(rows, "branches", latent=True, differences=True)

@@ -78,7 +78,7 @@ def test_kld_weight_reaches_the_training(options: dict[str, Any], weight: float,
     assert {row["kld_weight"] for row in detector.history_.epochs} == {weight}
 
 
-@pytest.mark.parametrize("anomaly_score", ["sap", "nap", "local"])
+@pytest.mark.parametrize("anomaly_score", ["sap", "nap", "local", "hyperplane"])
 @pytest.mark.parametrize("detector_class", EVERY)
 def test_scores_from_inside_the_network_find_rows_that_leave_the_curve(
     detector_class: Any, anomaly_score: str, table: np.ndarray, tmp_path: Path
@@ -113,7 +113,7 @@ def test_options_of_rapps_scores_reach_them(table: np.ndarray) -> None:
             assert not np.array_equal(scores(**base, **change), plain), change
 
 
-@pytest.mark.parametrize("name", ["nap", "local"])
+@pytest.mark.parametrize("name", ["nap", "local", "hyperplane"])
 def test_a_score_set_after_fit_asks_for_another_fit(name: str, table: np.ndarray) -> None:
     detector = RVAEDetector(**SMALL).fit(table).set_params(anomaly_score=name)
     with pytest.raises(NotFittedError, match="fit again"):

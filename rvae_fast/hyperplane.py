@@ -1,0 +1,371 @@
+"""The hyperplane score: how far inside the encoder a row lies from the plane through its neighbours, beside theirs.
+
+Near a normal row the normal rows fill a piece of a curved surface, and what the encoder has made of the row after its
+second stage, ``h``, lies close to the plane through the k reference rows nearest to it there. The distance is that of
+the local hyperplane classifier (Vincent and Bengio, "K-local hyperplane and convex distance nearest neighbor
+algorithms", NIPS 2001), with its penalty on far-fetched points of the plane::
+
+    d2(x) = |h - c - w A|^2   for the w that minimises  |h - c - w A|^2 + penalty |w|^2
+
+with ``c`` the mean of the neighbours, the rows of ``A`` the neighbours less ``c``, and the penalty a share of the mean
+``|A_i|^2``. Where normal rows vary much it is large for all of them, so, as the local outlier factor does with
+densities (Breunig et al., SIGMOD 2000), it is compared with what is usual nearby::
+
+    plane(x) = log d2(x) - mean of log d2 over the same k reference rows
+
+and to it is added RaPP's NAP (:mod:`rvae_fast.rapp`) at the last residual unit: the distance between what the unit
+adds to its input for ``x`` and what it adds for the reconstruction::
+
+    score(x) = z(plane(x)) + z(log NAP(x))
+
+where ``z`` subtracts the mean and divides by the standard deviation over the reference rows, which are distinct rows
+of those given to :func:`fit_hyperplane`. No row is its own neighbour. The reconstruction error itself does not count:
+a row that is easy to reconstruct is not more normal for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rvae_fast._architecture import positive_int
+from rvae_fast.local import ROUNDING, columns_of, observer, places, sample_rows
+from rvae_fast.models import Autoencoder, in_eval
+from rvae_fast.nn import ResidualStack
+from rvae_fast.rapp import NAP, TILE, Moments, check_share
+from rvae_fast.scoring import _parts, map_rows
+
+#: Rows that are kept to compare with, at most: more of them are better, and cost memory and time by their number.
+REFERENCE = 40_000
+
+#: Nearest rows that span a plane.
+NEIGHBOURS = 30
+
+#: The penalty, in units of the mean squared distance of the neighbours from their mean.
+PENALTY = 0.05
+
+#: Added to the variances of NAP, in units of their mean.
+RIDGE = 1.0
+
+#: A squared distance below this share of the mean one counts as that: next to rows that are all but equal, any
+#: other would be infinitely far.
+FLOOR = 1e-4
+
+#: A neighbour nearer than this, in units of the mean squared distance to all of them, is the row itself.
+SAME = 1e-6
+
+
+@dataclass(frozen=True)
+class Hyperplane:
+    """What the hyperplane score keeps of its reference rows.
+
+    Attributes
+    ----------
+    features : ndarray [m, width] float32
+        What the encoder makes of them at the place that counts, see :func:`depth`.
+    log_distances : ndarray [m] float64
+        Logarithms of their own squared distances.
+    nap : NAP
+        At the last residual unit.
+    center, scale : ndarray [2] float64
+        Mean and standard deviation over the reference rows of the two parts of the score.
+    floors : ndarray [2] float64
+        What a squared distance and NAP count as at least.
+    neighbours : int
+    penalty : float
+    """
+
+    features: NDArray[np.float32]
+    log_distances: NDArray[np.float64]
+    nap: NAP
+    center: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    floors: NDArray[np.float64]
+    neighbours: int
+    penalty: float
+
+    def scorer(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Scores ``[n]`` fp64 of features and of differences at the last unit, as a function on the CPU."""
+        nap = self.nap.scorer(torch.device("cpu"))
+        planes = _Planes(torch.from_numpy(self.features), self.neighbours, self.penalty)
+        log_distances = torch.from_numpy(self.log_distances)
+        center, scale, floors = (torch.from_numpy(a) for a in (self.center, self.scale, self.floors))
+
+        def score(features: Tensor, difference: Tensor) -> Tensor:
+            squared, nearest = planes(features.cpu())
+            values = torch.stack([squared, nap(difference.double().cpu())], 1)
+            logs = torch.log(torch.maximum(values, floors))
+            logs[:, 0] -= log_distances[nearest].mean(1)
+            return ((logs - center) / scale).sum(1)
+
+        return score
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All of it as arrays by name, to be saved."""
+        names = ("features", "log_distances", "center", "scale", "floors")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "nap.mean": self.nap.mean,
+            "nap.whitening": self.nap.whitening,
+            "neighbours": np.array([self.neighbours], dtype=np.int64),
+            "penalty": np.array([self.penalty]),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> Hyperplane:
+        """What :meth:`arrays` gave.
+
+        Raises
+        ------
+        KeyError, ValueError
+            When an array is missing, or shapes disagree.
+        """
+        names = ("features", "log_distances", "center", "scale", "floors")
+        fields = {name: arrays[name] for name in names}
+        nap = NAP(arrays["nap.mean"], arrays["nap.whitening"])
+        m, k = len(fields["features"]), int(arrays["neighbours"][0])
+        agree = fields["features"].ndim == 2 and fields["log_distances"].shape == (m,) and 1 <= k < m
+        agree = agree and all(fields[name].shape == (2,) for name in ("center", "scale", "floors"))
+        if not agree or nap.whitening.ndim != 2 or nap.mean.shape != nap.whitening.shape[:1]:
+            raise ValueError("the arrays of the hyperplane score disagree in their shapes")
+        return cls(**fields, nap=nap, neighbours=k, penalty=float(arrays["penalty"][0]))
+
+
+def depth(model: Autoencoder) -> int:
+    """How many modules of ``model.encoder`` a row passes on its way to the place that counts.
+
+    Of a residual network the end of the second stage's units, before its transition; of a plain one the activation of
+    the second hidden layer. A network with no second stage or layer before the code is followed to the end of its
+    first; one without any hidden layer has its input there.
+    """
+    modules = list(model.encoder)
+    if not model.is_residual:
+        ends = [i for i, module in enumerate(modules) if isinstance(module, torch.nn.Linear)][1:]
+        return ends[min(1, len(ends) - 1)] if ends else 0
+    stages = [i + 1 for i, module in enumerate(modules) if isinstance(module, ResidualStack)]
+    return stages[min(1, len(stages) - 1)] if stages else max(0, len(modules) - 1)
+
+
+def last_unit(model: Autoencoder) -> int:
+    """Which place of the pathway ``"branches"`` is the last residual unit's; of a network without units, the code's."""
+    found = places(model)
+    return found[-1] if found else len(model.encoder) - 1
+
+
+def fit_hyperplane(
+    model: Autoencoder,
+    x: Any,
+    *,
+    neighbours: int = NEIGHBOURS,
+    reference: int = REFERENCE,
+    penalty: float = PENALTY,
+    ridge: float = RIDGE,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> Hyperplane:
+    """Learn what is usual among normal rows, normally those the model was trained on.
+
+    The time grows with the square of the reference rows: 38,000 of an image's take half a minute of one core.
+
+    Parameters
+    ----------
+    model : AE, RAE, VAE or RVAE
+        Taken as in eval mode; its own mode is left as it was.
+    x : ndarray, memory map or Tensor [n, in_features], or an iterable of such chunks
+        In the model's units; at least 4 distinct rows.
+    neighbours : int, default 30
+        Nearest reference rows that span a plane; fewer where there are not so many.
+    reference : int, default 40,000
+        Rows that are kept, drawn at random with a fixed seed: the same ones however ``x`` is cut into chunks.
+    penalty : float, default 0.05
+        On points of a plane far from its rows, in units of their mean squared distance from their mean.
+    ridge : float, default 1.0
+        NAP's, see :func:`rvae_fast.rapp.fit_nap`.
+    device, precision
+        Of the network, see :func:`rvae_fast.scoring.score_rows`; the planes are computed on the CPU, in fp32.
+
+    Returns
+    -------
+    Hyperplane
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument; also when the rows do not differ inside the network.
+    """
+    neighbours, reference = positive_int("neighbours", neighbours, 2), positive_int("reference", reference, 4)
+    check_share("ridge", ridge)
+    check_share("penalty", penalty)
+    if penalty == 0.0:
+        raise ValueError("penalty must be above 0: without one any point may lie in the plane, got 0.0")
+    rows = _distinct(sample_rows(x, reference))
+    if len(rows) < 4:
+        raise ValueError(f"x must have at least 4 distinct rows to compare with each other, got {len(rows)}")
+    options: dict[str, Any] = {"device": device, "precision": precision}
+    observe, width = _observer(model, options)
+    with in_eval(model):
+        seen = map_rows(model, rows, observe, batch_size=TILE, row_tile=TILE, **options)
+    if not np.isfinite(seen).all():
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(seen).all(axis=1))} reference rows overflow the network: nothing can be "
+            "compared with them"
+        )
+    features, differences = seen[:, :width].astype(np.float32), seen[:, width:]
+    moments = Moments()
+    moments.update(differences.copy())
+    nap = moments.whiten(ridge=ridge)
+    k = min(neighbours, len(rows) - 2)
+    planes = _Planes(torch.from_numpy(features), k, penalty)
+    found = [planes(torch.from_numpy(features[i : i + TILE])) for i in range(0, len(rows), TILE)]
+    squared, nearest = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+    naps = ((differences - nap.mean) @ nap.whitening) ** 2 @ np.ones(nap.rank)
+    values = (squared, naps)
+    floors = np.array([FLOOR * float(v.mean()) for v in values])
+    if not (floors > 0.0).all():
+        raise ValueError("the reference rows do not differ inside the network: there is nothing to compare")
+    logs = np.stack([np.log(np.maximum(v, floor)) for v, floor in zip(values, floors, strict=True)], axis=1)
+    log_distances = logs[:, 0].copy()
+    logs[:, 0] -= log_distances[nearest].mean(axis=1)
+    center, scale = logs.mean(axis=0), logs.std(axis=0)
+    if not (scale > ROUNDING).all():
+        raise ValueError("the reference rows do not differ inside the network: no unit to score in")
+    return Hyperplane(features, log_distances, nap, center, scale, floors, k, float(penalty))
+
+
+def hyperplane_scores(
+    model: Autoencoder,
+    hyperplane: Hyperplane,
+    x: Any,
+    *,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+) -> NDArray[np.float64]:
+    """Hyperplane scores of a table's rows, higher being more anomalous.
+
+    Parameters
+    ----------
+    hyperplane : Hyperplane
+        From :func:`fit_hyperplane`, of the same model.
+    model, x, device, precision
+        As for :func:`fit_hyperplane`; any number of rows.
+
+    Returns
+    -------
+    ndarray [n] float64
+        A normal row averages about 0; it may be negative. Infinite for a row on which the network overflows.
+
+    Raises
+    ------
+    ValueError
+        When ``hyperplane`` was fitted to another network.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from rvae_fast import RVAE
+    >>> from rvae_fast.hyperplane import fit_hyperplane, hyperplane_scores
+    >>> model = RVAE(16, latent_features=4, n_layers=7, init="default")
+    >>> hyperplane_scores(model, fit_hyperplane(model, torch.rand(100, 16)), torch.rand(3, 16)).shape
+    (3,)
+    """
+    parts = list(hyperplane_parts(model, hyperplane, x, device=device, precision=precision))
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def hyperplane_parts(
+    model: Autoencoder, hyperplane: Hyperplane, x: Any, **options: Any
+) -> Iterator[NDArray[np.float64]]:
+    """:func:`hyperplane_scores` as a generator: one array of scores per chunk of ``x``."""
+    observe, width = _observer(model, options)
+    fitted = (hyperplane.features.shape[1], len(hyperplane.nap.mean))
+    ((start, stop),) = columns_of(model, [last_unit(model)])
+    if fitted != (width, stop - start):
+        raise ValueError(
+            f"hyperplane was fitted to places of widths {fitted}; this model has {(width, stop - start)} there"
+        )
+    compare = hyperplane.scorer()
+
+    def score(rows: Tensor) -> Tensor:
+        seen = observe(rows)
+        return compare(seen[:, :width], seen[:, width:])
+
+    for part in _parts(x):
+        with in_eval(model):
+            scores = map_rows(model, part, score, batch_size=TILE, row_tile=TILE, **options)
+        # An overflow anywhere on the way: the network has never seen anything like this row.
+        scores[~np.isfinite(scores)] = np.inf
+        yield scores
+
+
+# --- private ---
+
+
+def _distinct(rows: NDArray[Any]) -> NDArray[Any]:
+    """The first of every set of equal rows: copies of a row would be all its neighbours, at no distance."""
+    seen: dict[bytes, int] = {}
+    for i, row in enumerate(np.ascontiguousarray(rows) + 0.0):  # one zero, whatever its sign
+        seen.setdefault(row.tobytes(), i)
+    return rows[list(seen.values())]
+
+
+class _Planes:
+    """Squared distances from the planes through the nearest of some reference rows."""
+
+    def __init__(self, features: Tensor, neighbours: int, penalty: float) -> None:
+        # About their centre: far from the origin fp32 would lose the distances between them.
+        self.middle = features.mean(0)
+        self.features = features - self.middle
+        self.squares = self.features.square().sum(1)
+        self.neighbours, self.penalty = neighbours, penalty
+
+    def __call__(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``[n, width]``, ``[n]`` fp64 and the ``[n, k]`` neighbours by number, of which none is the row itself."""
+        h = h.to(self.features.dtype) - self.middle
+        # |h|^2, the same for all of a row's candidates, is left out.
+        candidates = (self.squares - 2.0 * (h @ self.features.T)).topk(self.neighbours + 1, largest=False).indices
+        there = self.features[candidates]
+        apart = (there - h[:, None]).square().sum(2)
+        itself = apart.amin(1) <= SAME * apart.mean(1)
+        dropped = torch.where(itself, apart.argmin(1), apart.argmax(1))
+        kept = torch.arange(self.neighbours + 1) != dropped[:, None]
+        nearest = candidates[kept].view(len(h), self.neighbours)
+        around = there[kept].view(len(h), self.neighbours, -1)
+        middle = around.mean(1)
+        around, target = around - middle[:, None], h - middle
+        products = (around @ around.transpose(1, 2)).double()
+        weight = self.penalty * products.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
+        products.diagonal(dim1=1, dim2=2).add_(weight[:, None])
+        right = (around @ target[:, :, None]).double()
+        point = torch.cholesky_solve(right, torch.linalg.cholesky(products)).to(around.dtype)
+        residual = target - (point.transpose(1, 2) @ around)[:, 0]
+        return residual.double().square().sum(1), nearest
+
+
+def _observer(model: Autoencoder, options: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Rows to their features and their differences at the last unit, side by side; and the features' width."""
+    wanted = [last_unit(model)]
+    look = observer(model, columns_of(model, wanted), wanted, options)
+    way = list(model.encoder)[: depth(model)]
+
+    def features(rows: Tensor) -> Tensor:
+        h = rows
+        for module in way:
+            h = module(h)
+        return h
+
+    def observe(rows: Tensor) -> Tensor:
+        difference = look(rows)[:, 1 + model.latent_features :]
+        h = features(rows)
+        return torch.cat([h.to(difference.dtype), difference], 1)
+
+    weight = next(model.parameters())
+    nothing = torch.zeros(1, model.in_features, dtype=weight.dtype, device=weight.device)
+    with torch.no_grad(), in_eval(model):
+        width = features(nothing).shape[1]
+    return observe, width
