@@ -9,14 +9,16 @@ algorithms", NIPS 2001), with its penalty on far-fetched points of the plane::
 
 with ``c`` the mean of the neighbours, the rows of ``A`` the neighbours less ``c``, and the penalty a share of the mean
 ``|A_i|^2``. Where normal rows vary much it is large for all of them, so, as the local outlier factor does with
-densities (Breunig et al., SIGMOD 2000), it is compared with what is usual nearby::
+densities (Breunig et al., SIGMOD 2000), it is compared with what is usual nearby; and so is the density itself, by the
+mean distance ``r`` to the nearest ten::
 
     plane(x) = log d2(x) - mean of log d2 over the same k reference rows
+    density(x) = log r(x) - mean of log r over the same ten
 
-and to it is added RaPP's NAP (:mod:`rvae_fast.rapp`) at the last residual unit: the distance between what the unit
-adds to its input for ``x`` and what it adds for the reconstruction::
+To them is added RaPP's NAP (:mod:`rvae_fast.rapp`) at the last residual unit, the distance between what the unit adds
+to its input for ``x`` and what it adds for the reconstruction::
 
-    score(x) = z(plane(x)) + z(log NAP(x))
+    score(x) = z(plane(x)) + z(log NAP(x)) + z(log d2(x)) / 2 + z(density(x)) / 2
 
 where ``z`` subtracts the mean and divides by the standard deviation over the reference rows, which are distinct rows
 of those given to :func:`fit_hyperplane`. No row is its own neighbour. The reconstruction error itself does not count:
@@ -25,6 +27,7 @@ a row that is easy to reconstruct is not more normal for that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._architecture import positive_int
+from rvae_fast._planes import Planes, distinct, parts_of
 from rvae_fast.local import ROUNDING, columns_of, observer, places, sample_rows
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.nn import ResidualStack
@@ -47,6 +51,10 @@ REFERENCE = 40_000
 #: Nearest rows that span a plane.
 NEIGHBOURS = 30
 
+#: Weights of the four parts: plane, NAP, distance from the plane, density. The last two may be halved or doubled
+#: without a difference on MNIST (docs/results/README.md).
+WEIGHTS = (1.0, 1.0, 0.5, 0.5)
+
 #: The penalty, in units of the mean squared distance of the neighbours from their mean.
 PENALTY = 0.05
 
@@ -57,9 +65,6 @@ RIDGE = 1.0
 #: other would be infinitely far.
 FLOOR = 1e-4
 
-#: A neighbour nearer than this, in units of the mean squared distance to all of them, is the row itself.
-SAME = 1e-6
-
 
 @dataclass(frozen=True)
 class Hyperplane:
@@ -69,14 +74,14 @@ class Hyperplane:
     ----------
     features : ndarray [m, width] float32
         What the encoder makes of them at the place that counts, see :func:`depth`.
-    log_distances : ndarray [m] float64
-        Logarithms of their own squared distances.
+    log_distances : ndarray [m, 2] float64
+        Logarithms of their own squared distances from the plane and of their mean distances to the nearest.
     nap : NAP
         At the last residual unit.
-    center, scale : ndarray [2] float64
-        Mean and standard deviation over the reference rows of the two parts of the score.
-    floors : ndarray [2] float64
-        What a squared distance and NAP count as at least.
+    center, scale : ndarray [4] float64
+        Mean and standard deviation over the reference rows of the parts of the score.
+    floors : ndarray [3] float64
+        What a squared distance, a mean distance and NAP count as at least.
     neighbours : int
     penalty : float
     """
@@ -93,16 +98,16 @@ class Hyperplane:
     def scorer(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Scores ``[n]`` fp64 of features and of differences at the last unit, as a function on the CPU."""
         nap = self.nap.scorer(torch.device("cpu"))
-        planes = _Planes(torch.from_numpy(self.features), self.neighbours, self.penalty)
+        planes = Planes(torch.from_numpy(self.features), self.neighbours, self.penalty)
         log_distances = torch.from_numpy(self.log_distances)
         center, scale, floors = (torch.from_numpy(a) for a in (self.center, self.scale, self.floors))
+        weights = torch.tensor(WEIGHTS, dtype=torch.float64)
 
         def score(features: Tensor, difference: Tensor) -> Tensor:
-            squared, nearest = planes(features.cpu())
-            values = torch.stack([squared, nap(difference.double().cpu())], 1)
-            logs = torch.log(torch.maximum(values, floors))
-            logs[:, 0] -= log_distances[nearest].mean(1)
-            return ((logs - center) / scale).sum(1)
+            squared, apart, nearest = planes(features.cpu())
+            values = torch.stack([squared, apart, nap(difference.double().cpu())], 1)
+            parts = parts_of(torch.log(torch.maximum(values, floors)), log_distances, nearest)
+            return ((parts - center) / scale) @ weights
 
         return score
 
@@ -130,8 +135,8 @@ class Hyperplane:
         fields = {name: arrays[name] for name in names}
         nap = NAP(arrays["nap.mean"], arrays["nap.whitening"])
         m, k = len(fields["features"]), int(arrays["neighbours"][0])
-        agree = fields["features"].ndim == 2 and fields["log_distances"].shape == (m,) and 1 <= k < m
-        agree = agree and all(fields[name].shape == (2,) for name in ("center", "scale", "floors"))
+        agree = fields["features"].ndim == 2 and fields["log_distances"].shape == (m, 2) and 1 <= k < m
+        agree = agree and all(fields[name].shape == (n,) for name, n in (("center", 4), ("scale", 4), ("floors", 3)))
         if not agree or nap.whitening.ndim != 2 or nap.mean.shape != nap.whitening.shape[:1]:
             raise ValueError("the arrays of the hyperplane score disagree in their shapes")
         return cls(**fields, nap=nap, neighbours=k, penalty=float(arrays["penalty"][0]))
@@ -204,7 +209,7 @@ def fit_hyperplane(
     check_share("penalty", penalty)
     if penalty == 0.0:
         raise ValueError("penalty must be above 0: without one any point may lie in the plane, got 0.0")
-    rows = _distinct(sample_rows(x, reference))
+    rows = distinct(sample_rows(x, reference))
     if len(rows) < 4:
         raise ValueError(f"x must have at least 4 distinct rows to compare with each other, got {len(rows)}")
     options: dict[str, Any] = {"device": device, "precision": precision}
@@ -221,21 +226,21 @@ def fit_hyperplane(
     moments.update(differences.copy())
     nap = moments.whiten(ridge=ridge)
     k = min(neighbours, len(rows) - 2)
-    planes = _Planes(torch.from_numpy(features), k, penalty)
+    planes = Planes(torch.from_numpy(features), k, penalty)
     found = [planes(torch.from_numpy(features[i : i + TILE])) for i in range(0, len(rows), TILE)]
-    squared, nearest = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
-    naps = ((differences - nap.mean) @ nap.whitening) ** 2 @ np.ones(nap.rank)
-    values = (squared, naps)
-    floors = np.array([FLOOR * float(v.mean()) for v in values])
-    if not (floors > 0.0).all():
+    squared, apart, nearest = (torch.cat(tiles) for tiles in zip(*found, strict=True))
+    naps = torch.from_numpy(((differences - nap.mean) @ nap.whitening) ** 2 @ np.ones(nap.rank))
+    values = torch.stack([squared, apart, naps], 1)
+    floors = values.mean(0) * torch.tensor([FLOOR, math.sqrt(FLOOR), FLOOR], dtype=torch.float64)
+    if not bool((floors > 0.0).all()):
         raise ValueError("the reference rows do not differ inside the network: there is nothing to compare")
-    logs = np.stack([np.log(np.maximum(v, floor)) for v, floor in zip(values, floors, strict=True)], axis=1)
-    log_distances = logs[:, 0].copy()
-    logs[:, 0] -= log_distances[nearest].mean(axis=1)
-    center, scale = logs.mean(axis=0), logs.std(axis=0)
+    logs = torch.log(torch.maximum(values, floors))
+    log_distances = logs[:, :2].contiguous()
+    own = parts_of(logs, log_distances, nearest).numpy()
+    center, scale = own.mean(axis=0), own.std(axis=0)
     if not (scale > ROUNDING).all():
         raise ValueError("the reference rows do not differ inside the network: no unit to score in")
-    return Hyperplane(features, log_distances, nap, center, scale, floors, k, float(penalty))
+    return Hyperplane(features, log_distances.numpy(), nap, center, scale, floors.numpy(), k, float(penalty))
 
 
 def hyperplane_scores(
@@ -304,47 +309,6 @@ def hyperplane_parts(
 
 
 # --- private ---
-
-
-def _distinct(rows: NDArray[Any]) -> NDArray[Any]:
-    """The first of every set of equal rows: copies of a row would be all its neighbours, at no distance."""
-    seen: dict[bytes, int] = {}
-    for i, row in enumerate(np.ascontiguousarray(rows) + 0.0):  # one zero, whatever its sign
-        seen.setdefault(row.tobytes(), i)
-    return rows[list(seen.values())]
-
-
-class _Planes:
-    """Squared distances from the planes through the nearest of some reference rows."""
-
-    def __init__(self, features: Tensor, neighbours: int, penalty: float) -> None:
-        # About their centre: far from the origin fp32 would lose the distances between them.
-        self.middle = features.mean(0)
-        self.features = features - self.middle
-        self.squares = self.features.square().sum(1)
-        self.neighbours, self.penalty = neighbours, penalty
-
-    def __call__(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Of ``[n, width]``, ``[n]`` fp64 and the ``[n, k]`` neighbours by number, of which none is the row itself."""
-        h = h.to(self.features.dtype) - self.middle
-        # |h|^2, the same for all of a row's candidates, is left out.
-        candidates = (self.squares - 2.0 * (h @ self.features.T)).topk(self.neighbours + 1, largest=False).indices
-        there = self.features[candidates]
-        apart = (there - h[:, None]).square().sum(2)
-        itself = apart.amin(1) <= SAME * apart.mean(1)
-        dropped = torch.where(itself, apart.argmin(1), apart.argmax(1))
-        kept = torch.arange(self.neighbours + 1) != dropped[:, None]
-        nearest = candidates[kept].view(len(h), self.neighbours)
-        around = there[kept].view(len(h), self.neighbours, -1)
-        middle = around.mean(1)
-        around, target = around - middle[:, None], h - middle
-        products = (around @ around.transpose(1, 2)).double()
-        weight = self.penalty * products.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
-        products.diagonal(dim1=1, dim2=2).add_(weight[:, None])
-        right = (around @ target[:, :, None]).double()
-        point = torch.cholesky_solve(right, torch.linalg.cholesky(products)).to(around.dtype)
-        residual = target - (point.transpose(1, 2) @ around)[:, 0]
-        return residual.double().square().sum(1), nearest
 
 
 def _observer(model: Autoencoder, options: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor], int]:

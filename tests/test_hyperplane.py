@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from rvae_fast._planes import NEAREST
 from rvae_fast.hyperplane import (
-    FLOOR,
     PENALTY,
     RIDGE,
     Hyperplane,
@@ -46,7 +46,7 @@ def seen(model: Autoencoder, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def oracle(model: Autoencoder, reference: np.ndarray, x: np.ndarray, k: int) -> np.ndarray:
     (features, differences), (features_x, differences_x) = seen(model, reference), seen(model, x)
 
-    def plane(h: np.ndarray, skip: int | None) -> tuple[float, np.ndarray]:
+    def look(h: np.ndarray, skip: int | None) -> tuple[float, float, np.ndarray]:
         far = ((features - h) ** 2).sum(axis=1)
         if skip is not None:
             far[skip] = np.inf
@@ -54,31 +54,36 @@ def oracle(model: Autoencoder, reference: np.ndarray, x: np.ndarray, k: int) -> 
         middle = features[nearest].mean(axis=0)
         A = features[nearest] - middle
         w = np.linalg.solve(A @ A.T + PENALTY * (A**2).sum(axis=1).mean() * np.eye(k), A @ (h - middle))
-        return float(((h - middle - w @ A) ** 2).sum()), nearest
+        return float(((h - middle - w @ A) ** 2).sum()), float(np.sqrt(far[nearest[:NEAREST]]).mean()), nearest
 
-    own = [plane(features[i], i) for i in range(len(features))]
-    log_d = np.log(np.maximum([d for d, _ in own], FLOOR * np.mean([d for d, _ in own])))
-    usual = np.array([log_d[i] - log_d[nearest].mean() for i, (_, nearest) in enumerate(own)])
-    new = np.array([np.log(d) - log_d[nearest].mean() for d, nearest in (plane(h, None) for h in features_x)])
-    total = (new - usual.mean()) / usual.std()
+    own, new = [look(features[i], i) for i in range(len(features))], [look(h, None) for h in features_x]
+    log_d, log_r = np.log([d for d, _, _ in own]), np.log([r for _, r, _ in own])
     mean = differences.mean(axis=0)
     values, vectors = np.linalg.eigh(np.cov(differences.T, bias=True))
     kept = values > 1e-10 * values.max()
     variance = values[kept] + RIDGE * values[kept].mean()
-    usual, new = (
-        np.log((((v - mean) @ vectors[:, kept]) ** 2 / variance).sum(axis=1)) for v in (differences, differences_x)
-    )
-    return total + (new - usual.mean()) / usual.std()
+
+    def parts(looked: list[tuple[float, float, np.ndarray]], difference: np.ndarray) -> np.ndarray:
+        nap = (((difference - mean) @ vectors[:, kept]) ** 2 / variance).sum(axis=1)
+        of = [
+            (np.log(d) - log_d[nearest].mean(), np.log(n), np.log(d), np.log(r) - log_r[nearest[:NEAREST]].mean())
+            for (d, r, nearest), n in zip(looked, nap, strict=True)
+        ]
+        return np.array(of)
+
+    usual = parts(own, differences)
+    return ((parts(new, differences_x) - usual.mean(axis=0)) / usual.std(axis=0)) @ np.array([1.0, 1.0, 0.5, 0.5])
 
 
+@pytest.mark.parametrize("neighbours", [7, 20])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_scores_are_the_definition(name: str, double: bool, rows: np.ndarray) -> None:
+def test_scores_are_the_definition(name: str, double: bool, neighbours: int, rows: np.ndarray) -> None:
     model = trained(name, **DEEP)
     model = model.double() if double else model
-    found = hyperplane_scores(model, fit_hyperplane(model, rows[:150], neighbours=7), rows[150:])
+    found = hyperplane_scores(model, fit_hyperplane(model, rows[:150], neighbours=neighbours), rows[150:])
     # The planes are fp32's.
-    np.testing.assert_allclose(found, oracle(model.double(), rows[:150], rows[150:], 7), atol=2e-3)
+    np.testing.assert_allclose(found, oracle(model.double(), rows[:150], rows[150:], neighbours), atol=2e-3)
 
 
 def test_which_place_counts() -> None:
@@ -168,7 +173,7 @@ def test_an_overflow_scores_infinite(rows: np.ndarray) -> None:
     model = trained("RAE", **DEEP)
     fitted = fit_hyperplane(model, rows)
     wild = rows.copy()
-    wild[3], wild[5] = 3e38, 1e20
+    wild[3], wild[5] = 3e38, 1e15
     scores = hyperplane_scores(model, fitted, wild)
     assert np.isposinf(scores[3])
     assert scores.argsort()[-2] == 5, "far away, and no overflow"

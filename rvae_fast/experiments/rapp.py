@@ -1,4 +1,4 @@
-"""RaPP's table: reconstruction error, SAP and NAP of four models, and the library's local score beside them.
+"""RaPP's table: reconstruction error, SAP and NAP of four models, and the library's own scores beside them.
 
 Its multimodal VAE and RVAE are cells of ``novelty``: with ``--results`` or ``--models`` they are trained once for both.
 """
@@ -11,13 +11,17 @@ from rvae_fast.experiments import article
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.claims import at_least, greater
 from rvae_fast.experiments.experiment import Experiment, Settings
-from rvae_fast.experiments.novelty import EPOCHS, QUICK_EPOCHS, QUICK_ROWS, SCORES
+from rvae_fast.experiments.novelty import EPOCHS, QUICK_EPOCHS, QUICK_ROWS
+from rvae_fast.experiments.novelty import SCORES as SHARED
 from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.plots import plot_means
 from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary
 
 MODELS = (("AE", ""), ("VAE", ""), ("RAE", "pre"), ("RVAE", "pre"))
 SETTINGS = ("multimodal", "unimodal")
+
+#: The last takes as long as half a training, and is for RVAE alone.
+SCORES = (*SHARED, "hyperplane")
 
 #: What the best score of RVAE is to reach, multimodal: the best published is .930 and .737.
 BOUNDS = {"mnist": 0.945, "fashion_mnist": 0.745}
@@ -30,7 +34,8 @@ def grid(settings: Settings) -> list[Cell]:
         [
             Cell(
                 data=data, setting=setting, novel=novel, model=model, order=order, n_layers=10, seed=seed,
-                training=settings.training(EPOCHS, QUICK_EPOCHS), scores=SCORES, rows=settings.rows(QUICK_ROWS),
+                training=settings.training(EPOCHS, QUICK_EPOCHS), scores=SCORES if model == "RVAE" else SHARED,
+                rows=settings.rows(QUICK_ROWS),
             )
             for data in settings.data
             for seed in range(settings.seeds)
@@ -103,8 +108,8 @@ EXPERIMENT = Experiment(
     title="Scores along the projection pathway",
     description=(
         "Reconstruction error, SAP and NAP (Kim et al., ICLR 2020) of AE, VAE, RAE and RVAE, one class novel "
-        "(multimodal) or one class normal (unimodal); beside them the local score of the library (rvae_fast.local) and "
-        "the rank sum of all."
+        "(multimodal) or one class normal (unimodal); beside them the library's local score (rvae_fast.local), the "
+        "rank sum of these, and of RVAE the hyperplane score (rvae_fast.hyperplane)."
     ),
     data=("mnist", "fashion_mnist"),
     seeds=5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -39,7 +40,7 @@ def run(
     progress: bool = False,
     work: Callable[..., dict[str, Any]] = run_cell,
 ) -> None:
-    """Run those cells of a grid that have no row yet; each finished one is a row at once.
+    """Run those cells of a grid that have no row yet, or not all their scores; each finished one is a row at once.
 
     Parameters
     ----------
@@ -66,7 +67,8 @@ def run(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    todo = results.missing(cells)
+    # A cell that has a row is run for the scores that the row lacks.
+    todo = [dataclasses.replace(cell, scores=results.lacking(cell)) for cell in results.missing(cells)]
     beside = str(results.path.parent if folder is None else folder)
     began = time.perf_counter()
     done = len(cells) - len(todo)
@@ -219,7 +221,10 @@ def duration(seconds: float) -> str:
 
 def listing(cells: Sequence[Cell], results: Results, seconds: float, jobs: int) -> str:
     """The grid in words: what varies, how much of it is done, how long the rest will take."""
-    lines = [f"{len(cells)} cells, {len(cells) - len(results.missing(cells))} of them done, into {results.path}"]
+    missing = results.missing(cells)
+    scored_anew = sum(cell.key in results.rows for cell in missing)
+    done = f"{len(cells) - len(missing)} of them done" + (f", {scored_anew} lacking a score" if scored_anew else "")
+    lines = [f"{len(cells)} cells, {done}, into {results.path}"]
     for data, setting in sorted({(c.data, c.setting) for c in cells}):
         here = [c for c in cells if (c.data, c.setting) == (data, setting)]
         lines.append(f"  {data}, {setting}: {_spread('class', [c.novel for c in here])}")

@@ -6,12 +6,14 @@
     RaPP's, see :mod:`rvae_fast.rapp`; without a place the default one. ``nap-`` and ``sap-`` leave out the input.
 ``local``
     The error beside those of rows with a similar code, and NAP in the deeper units, see :mod:`rvae_fast.local`.
+``hyperplane``
+    The distance from the plane through the nearest training rows, and NAP, see :mod:`rvae_fast.hyperplane`.
 ``pixel``
     Per-pixel likelihood: squared errors divided by each pixel's mean squared error on the validation rows.
 ``samples``
     Reconstruction error averaged over samples of z instead of that of its mean.
 ``rank``
-    Rank sum of all other scores of the cell: each score is replaced by the share of validation rows below it.
+    Rank sum of the scores named before it: each score is replaced by the share of validation rows below it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._taps import taps
+from rvae_fast.hyperplane import fit_hyperplane, hyperplane_scores
 from rvae_fast.local import columns_of, fit_local, local_scores, places
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.pathway import PATHWAYS, reconstruct
@@ -41,6 +44,9 @@ NAP_ROWS = 10_000
 #: Validation rows that are scored: they set the unit of an ensemble's members, the ranks and the pixels' errors.
 NORMAL_ROWS = 4096
 
+#: Scores that a normal row has about 0 of, or ranks: those of several models need no common unit.
+IN_THEIR_OWN_UNITS = ("local", "hyperplane", "rank")
+
 Scored = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
@@ -48,7 +54,7 @@ def check_score(name: str) -> None:
     """Raise a ValueError that names an unknown score."""
     kind, _, place = name.partition("/")
     known = kind in ("sap", "nap", "sap-", "nap-") and (not place or place in PATHWAYS)
-    if not known and name not in ("reconstruction", "elbo", "local", "pixel", "samples", "rank"):
+    if not known and name not in ("reconstruction", "elbo", *IN_THEIR_OWN_UNITS, "pixel", "samples"):
         raise ValueError(f"unknown score {name!r}")
 
 
@@ -85,6 +91,9 @@ def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation:
         elif kind == "local":
             local = fit_local(model, train)
             found[name] = (local_scores(model, local, validation), local_scores(model, local, test))
+        elif kind == "hyperplane":
+            hyperplane = fit_hyperplane(model, train)
+            found[name] = (hyperplane_scores(model, hyperplane, validation), hyperplane_scores(model, hyperplane, test))
         elif kind == "pixel":
             found[name] = _pixel(model, validation, test)
         elif kind == "samples":
@@ -93,7 +102,10 @@ def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation:
             weight = 1.0 if kind == "elbo" else 0.0
             found[name] = tuple(score_rows(model, x, kld_weight=weight) for x in (validation, test))  # type: ignore[assignment]
     if "rank" in names:
-        found["rank"] = _rank(list(found.values()))
+        before = names[: names.index("rank")]
+        if not before:
+            raise ValueError("rank is the rank sum of the scores named before it, and there are none")
+        found["rank"] = _rank([found[name] for name in before])
     return found
 
 

@@ -79,6 +79,6 @@ def test_experiments_share_results_and_models(run: Callable[..., Any], tmp_path:
     assert len(list((tmp_path / "models").glob("*.safetensors"))) == 6
     assert not (tmp_path / "novelty" / "results.csv").exists()
     said = run("reproduce", "rapp", *shared, *given, "--out", tmp_path / "rapp").stderr
-    assert "8 cells, 2 of them done" in said  # VAE and RVAE pre, class 0 novel
+    assert "8 cells, 1 of them done, 1 lacking a score" in said  # VAE and RVAE pre, class 0 novel
     assert (tmp_path / "rapp" / "index.html").exists()
     assert "6 cells, 6 of them done" in run("reproduce", "novelty", *shared, *given, "--out", tmp_path / "n").stderr

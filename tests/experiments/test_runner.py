@@ -74,7 +74,36 @@ def test_results_of_another_recipe_are_refused(folder: Path) -> None:
     with pytest.raises(ResultsError, match="give another directory"):
         results(folder).missing([cell(training={"epochs": 2})])
     with pytest.raises(ResultsError, match="holds the columns"):
-        Results(folder / "results.csv", ("seconds", "auroc_sap"))
+        Results(folder / "results.csv", ("hours", "auroc_reconstruction"))
+
+
+def test_a_row_that_lacks_a_score_gets_it_and_keeps_the_rest(folder: Path) -> None:
+    asked: list[tuple[int, tuple[str, ...]]] = []
+
+    def score(cell: Cell, folder: str) -> dict[str, Any]:
+        asked.append((cell.seed, cell.scores))
+        return {"seconds": 9.0, **{f"auroc_{name}": 0.5 + 0.1 * len(asked) for name in cell.scores}}
+
+    few = [cell(seed=seed) for seed in (0, 1)]
+    more = [cell(seed=seed, scores=("reconstruction", "sap")) for seed in (0, 1, 2)]
+    ranked = [cell(seed=0, scores=("reconstruction", "sap", "rank"))]
+    runner.run(few, results(folder), work=work)
+    wider = Results(folder / "results.csv", (*METRICS, "auroc_sap", "auroc_rank"))
+    assert wider.missing(more) == more
+    assert (folder / "results.csv").read_text().count("auroc_sap") == 0, "reading changes nothing"
+    runner.run(more, wider, work=score)
+    assert asked == [(0, ("sap",)), (1, ("sap",)), (2, ("reconstruction", "sap"))]
+    for table in (wider, Results(folder / "results.csv", METRICS)):  # without a score's column it is there all the same
+        assert table.missing(few) == table.missing(more) == []
+        rows = table.of(more)
+        assert [row["seconds"] for row in rows] == ["0.5", "0.5", "9"]
+        assert [row["auroc_reconstruction"] for row in rows] == ["0.25", "1.25", "0.8"]
+        assert [row["auroc_sap"] for row in rows] == ["0.6", "0.7", "0.8"]
+        assert [row["auroc_rank"] for row in rows] == ["", "", ""]
+    assert len((folder / "results.csv").read_text().splitlines()) == 4
+    runner.run(ranked, wider, work=score)
+    assert asked[-1] == (0, ("reconstruction", "sap", "rank")), "a rank sum sees the scores it is over"
+    assert Results(folder / "results.csv", METRICS).of(ranked)[0]["seconds"] == "0.5"
 
 
 def test_every_row_of_a_grid_has_its_own_name() -> None:

@@ -103,7 +103,7 @@ def test_scores_by_name() -> None:
     rng = np.random.default_rng(0)
     train, validation, test = (rng.uniform(size=(n, 16)).astype(np.float32) for n in (80, 40, 20))
     test[:10] += 3.0
-    names = ("reconstruction", "elbo", "pixel", "samples", "sap/units", "nap-", "local", "rank")
+    names = ("reconstruction", "elbo", "pixel", "samples", "sap/units", "nap-", "local", "hyperplane", "rank")
     scored = all_scores(model, names, train, validation, test, 0)
     assert set(scored) == set(names)
     for name, (normal, tested) in scored.items():
@@ -116,6 +116,18 @@ def test_scores_by_name() -> None:
     np.testing.assert_array_equal(again["samples"][1], scored["samples"][1])
     with pytest.raises(ValueError, match="unknown score 'sap/layers'"):
         all_scores(model, ("sap/layers",), train, validation, test, 0)
+    with pytest.raises(ValueError, match="there are none"):
+        all_scores(model, ("rank", "sap"), train, validation, test, 0)
+
+
+def test_an_ensemble_adds_standard_scores_as_they_are() -> None:
+    """Their mean over normal rows is next to nothing, and no unit: one of them would have all the weight."""
+    names = ("local", "hyperplane")
+    found = result(model="RVAE", order="pre", n_layers=7, scores=names, members=2)
+    single = [result(model="RVAE", order="pre", n_layers=7, scores=names, seed=seed) for seed in (0, 1)]
+    for name in names:
+        worst = min(of[f"auroc_{name}"] for of in single)
+        assert found[f"auroc_{name}"] > worst - 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""The geometry of the hyperplane score (:mod:`rvae_fast.hyperplane`): planes through the nearest of some rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+#: Rows whose mean distance stands for the density around a row.
+NEAREST = 10
+
+#: A neighbour nearer than this, in units of the mean squared distance to all of them, is the row itself.
+SAME = 1e-6
+
+
+def distinct(rows: NDArray[Any]) -> NDArray[Any]:
+    """The first of every set of equal rows: copies of a row would be all its neighbours, at no distance."""
+    seen: dict[bytes, int] = {}
+    for i, row in enumerate(np.ascontiguousarray(rows) + 0.0):  # one zero, whatever its sign
+        seen.setdefault(row.tobytes(), i)
+    return rows[list(seen.values())]
+
+
+def parts_of(logs: Tensor, log_distances: Tensor, nearest: Tensor) -> Tensor:
+    """The four parts ``[n, 4]`` of logarithms ``[n, 3]`` (distance, mean distance, NAP), given the neighbours."""
+    plane = logs[:, 0] - log_distances[nearest, 0].mean(1)
+    density = logs[:, 1] - log_distances[nearest[:, :NEAREST], 1].mean(1)
+    return torch.stack([plane, logs[:, 2], logs[:, 0], density], 1)
+
+
+class Planes:
+    """Distances from some reference rows and from the planes through the nearest of them."""
+
+    def __init__(self, features: Tensor, neighbours: int, penalty: float) -> None:
+        # About their centre: far from the origin fp32 would lose the distances between them.
+        self.middle = features.mean(0)
+        self.features = features - self.middle
+        self.squares = self.features.square().sum(1)
+        self.neighbours, self.penalty = neighbours, penalty
+
+    def __call__(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Look at rows ``[n, width]``.
+
+        Returns
+        -------
+        squared, mean : Tensor [n] fp64
+            Squared distance from the plane, and mean distance to the nearest.
+        neighbours : Tensor [n, k] int64
+            By number, the nearest first; none is the row itself.
+        """
+        h = h.to(self.features.dtype) - self.middle
+        # |h|^2, the same for all of a row's candidates, is left out.
+        candidates = (self.squares - 2.0 * (h @ self.features.T)).topk(self.neighbours + 1, largest=False).indices
+        there = self.features[candidates]
+        apart = (there - h[:, None]).square().sum(2)
+        itself = apart.amin(1) <= SAME * apart.mean(1)
+        dropped = torch.where(itself, apart.argmin(1), apart.argmax(1))
+        kept = torch.arange(self.neighbours + 1) != dropped[:, None]
+        nearest = candidates[kept].view(len(h), self.neighbours)
+        mean = apart[kept].view(len(h), self.neighbours)[:, :NEAREST].double().sqrt().mean(1)
+        around = there[kept].view(len(h), self.neighbours, -1)
+        middle = around.mean(1)
+        around, target = around - middle[:, None], h - middle
+        products = (around @ around.transpose(1, 2)).double()
+        weight = self.penalty * products.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
+        products.diagonal(dim1=1, dim2=2).add_(weight[:, None])
+        right = (around @ target[:, :, None]).double()
+        point = torch.cholesky_solve(right, torch.linalg.cholesky(products)).to(around.dtype)
+        residual = target - (point.transpose(1, 2) @ around)[:, 0]
+        return residual.double().square().sum(1), mean, nearest
