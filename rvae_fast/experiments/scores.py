@@ -58,6 +58,11 @@ def check_score(name: str) -> None:
         raise ValueError(f"unknown score {name!r}")
 
 
+def unit(name: str, normal: NDArray[np.float64]) -> float:
+    """What the scores of one model of several are divided by: the mean of normal rows, or 1 for what has a unit."""
+    return 1.0 if name in IN_THEIR_OWN_UNITS else float(np.mean(normal))
+
+
 def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation: Any, test: Any, seed: int) -> Scored:
     """Scores of validation and test rows, by name.
 

@@ -18,7 +18,7 @@ from rvae_fast.datasets import load as load_dataset
 from rvae_fast.datasets.cache import store_arrays
 from rvae_fast.experiments import kept
 from rvae_fast.experiments.cells import Cell
-from rvae_fast.experiments.scores import IN_THEIR_OWN_UNITS, all_scores
+from rvae_fast.experiments.scores import all_scores, unit
 from rvae_fast.models import MODELS, Autoencoder
 from rvae_fast.scoring import score_rows
 from rvae_fast.training import History, NonFiniteError, TrainingConfig, train
@@ -115,10 +115,9 @@ def run_cell(cell: Cell, folder: str | None = None, models: str | None = None) -
         scoring = _Clock()
         scored = all_scores(model, cell.scores, rows, validation, test, cell.seed)
         for name, (normal, tested) in scored.items():
-            # Errors of different models have different scales; normal rows set the unit.
-            unit = float(np.mean(normal)) if cell.members > 1 and name not in IN_THEIR_OWN_UNITS else 1.0
+            by = unit(name, normal) if cell.members > 1 else 1.0
             before = totals.get(name, (0.0, 0.0))
-            totals[name] = (before[0] + normal / unit, before[1] + tested / unit)
+            totals[name] = (before[0] + normal / by, before[1] + tested / by)
         spent = {name: spent[name] + record[name] + value for name, value in scoring.spent().items()}
     result: dict[str, Any] = {"features": rows.shape[1], **record, **spent}
     result["eval_error"] = float(np.mean(score_rows(model, validation)))  # of an ensemble, its last member's
