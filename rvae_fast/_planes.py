@@ -34,12 +34,17 @@ def parts_of(logs: Tensor, log_distances: Tensor, nearest: Tensor) -> Tensor:
 class Planes:
     """Distances from some reference rows and from the planes through the nearest of them."""
 
-    def __init__(self, features: Tensor, neighbours: int, penalty: float) -> None:
-        # About their centre: far from the origin fp32 would lose the distances between them.
-        self.middle = features.mean(0)
-        self.features = features - self.middle
-        self.squares = self.features.square().sum(1)
+    def __init__(self, features: Tensor, squares: Tensor, middle: Tensor, neighbours: int, penalty: float) -> None:
+        self.features, self.squares, self.middle = features, squares, middle
         self.neighbours, self.penalty = neighbours, penalty
+
+    @classmethod
+    def of(cls, rows: Tensor, neighbours: int, penalty: float) -> Planes:
+        """Those of rows ``[m, width]``, which are kept about their centre: far from the origin fp32 would lose the
+        distances between them."""
+        middle = rows.mean(0)
+        features = rows - middle
+        return cls(features, features.square().sum(1), middle, neighbours, penalty)
 
     def __call__(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Look at rows ``[n, width]``.
@@ -53,7 +58,8 @@ class Planes:
         """
         h = h.to(self.features.dtype) - self.middle
         # |h|^2, the same for all of a row's candidates, is left out.
-        candidates = (self.squares - 2.0 * (h @ self.features.T)).topk(self.neighbours + 1, largest=False).indices
+        distances = torch.addmm(self.squares, h, self.features.T, alpha=-2.0)
+        candidates = distances.topk(self.neighbours + 1, largest=False).indices
         there = self.features[candidates]
         apart = (there - h[:, None]).square().sum(2)
         itself = apart.amin(1) <= SAME * apart.mean(1)

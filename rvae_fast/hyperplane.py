@@ -66,6 +66,9 @@ RIDGE = 1.0
 FLOOR = 1e-4
 
 
+_ARRAYS = ("features", "squares", "middle", "log_distances", "center", "scale", "floors")
+
+
 @dataclass(frozen=True)
 class Hyperplane:
     """What the hyperplane score keeps of its reference rows.
@@ -73,7 +76,11 @@ class Hyperplane:
     Attributes
     ----------
     features : ndarray [m, width] float32
-        What the encoder makes of them at the place that counts, see :func:`depth`.
+        What the encoder makes of them at the place that counts (see :func:`depth`), less ``middle``.
+    squares : ndarray [m] float32
+        Sums of their squares.
+    middle : ndarray [width] float32
+        Their mean.
     log_distances : ndarray [m, 2] float64
         Logarithms of their own squared distances from the plane and of their mean distances to the nearest.
     nap : NAP
@@ -87,6 +94,8 @@ class Hyperplane:
     """
 
     features: NDArray[np.float32]
+    squares: NDArray[np.float32]
+    middle: NDArray[np.float32]
     log_distances: NDArray[np.float64]
     nap: NAP
     center: NDArray[np.float64]
@@ -98,7 +107,8 @@ class Hyperplane:
     def scorer(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Scores ``[n]`` fp64 of features and of differences at the last unit, as a function on the CPU."""
         nap = self.nap.scorer(torch.device("cpu"))
-        planes = Planes(torch.from_numpy(self.features), self.neighbours, self.penalty)
+        features, squares, middle = (torch.from_numpy(a) for a in (self.features, self.squares, self.middle))
+        planes = Planes(features, squares, middle, self.neighbours, self.penalty)
         log_distances = torch.from_numpy(self.log_distances)
         center, scale, floors = (torch.from_numpy(a) for a in (self.center, self.scale, self.floors))
         weights = torch.tensor(WEIGHTS, dtype=torch.float64)
@@ -113,9 +123,8 @@ class Hyperplane:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All of it as arrays by name, to be saved."""
-        names = ("features", "log_distances", "center", "scale", "floors")
         return {
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in _ARRAYS},
             "nap.mean": self.nap.mean,
             "nap.whitening": self.nap.whitening,
             "neighbours": np.array([self.neighbours], dtype=np.int64),
@@ -131,12 +140,13 @@ class Hyperplane:
         KeyError, ValueError
             When an array is missing, or shapes disagree.
         """
-        names = ("features", "log_distances", "center", "scale", "floors")
-        fields = {name: arrays[name] for name in names}
+        fields = {name: arrays[name] for name in _ARRAYS}
         nap = NAP(arrays["nap.mean"], arrays["nap.whitening"])
-        m, k = len(fields["features"]), int(arrays["neighbours"][0])
-        agree = fields["features"].ndim == 2 and fields["log_distances"].shape == (m, 2) and 1 <= k < m
-        agree = agree and all(fields[name].shape == (n,) for name, n in (("center", 4), ("scale", 4), ("floors", 3)))
+        m, width = fields["features"].shape if fields["features"].ndim == 2 else (-1, -1)
+        k = int(arrays["neighbours"][0])
+        shapes = {"log_distances": (m, 2), "squares": (m,), "middle": (width,)}
+        shapes |= {"center": (4,), "scale": (4,), "floors": (3,)}
+        agree = 1 <= k < m and all(fields[name].shape == shape for name, shape in shapes.items())
         if not agree or nap.whitening.ndim != 2 or nap.mean.shape != nap.whitening.shape[:1]:
             raise ValueError("the arrays of the hyperplane score disagree in their shapes")
         return cls(**fields, nap=nap, neighbours=k, penalty=float(arrays["penalty"][0]))
@@ -221,13 +231,13 @@ def fit_hyperplane(
             f"{np.count_nonzero(~np.isfinite(seen).all(axis=1))} reference rows overflow the network: nothing can be "
             "compared with them"
         )
-    features, differences = seen[:, :width].astype(np.float32), seen[:, width:]
+    features, differences = torch.from_numpy(seen[:, :width].astype(np.float32)), seen[:, width:]
     moments = Moments()
     moments.update(differences.copy())
     nap = moments.whiten(ridge=ridge)
     k = min(neighbours, len(rows) - 2)
-    planes = Planes(torch.from_numpy(features), k, penalty)
-    found = [planes(torch.from_numpy(features[i : i + TILE])) for i in range(0, len(rows), TILE)]
+    planes = Planes.of(features, k, penalty)
+    found = [planes(tile) for tile in features.split(TILE)]
     squared, apart, nearest = (torch.cat(tiles) for tiles in zip(*found, strict=True))
     naps = torch.from_numpy(((differences - nap.mean) @ nap.whitening) ** 2 @ np.ones(nap.rank))
     values = torch.stack([squared, apart, naps], 1)
@@ -240,7 +250,11 @@ def fit_hyperplane(
     center, scale = own.mean(axis=0), own.std(axis=0)
     if not (scale > ROUNDING).all():
         raise ValueError("the reference rows do not differ inside the network: no unit to score in")
-    return Hyperplane(features, log_distances.numpy(), nap, center, scale, floors.numpy(), k, float(penalty))
+    return Hyperplane(
+        features=planes.features.numpy(), squares=planes.squares.numpy(), middle=planes.middle.numpy(),
+        log_distances=log_distances.numpy(), nap=nap, center=center, scale=scale, floors=floors.numpy(),
+        neighbours=k, penalty=float(penalty),
+    )  # fmt: skip
 
 
 def hyperplane_scores(

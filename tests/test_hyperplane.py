@@ -164,7 +164,7 @@ def test_it_is_saved_as_arrays(rows: np.ndarray) -> None:
     fitted = fit_hyperplane(model, rows)
     again = Hyperplane.from_arrays(fitted.arrays())
     np.testing.assert_array_equal(hyperplane_scores(model, again, rows), hyperplane_scores(model, fitted, rows))
-    for name in ("features", "scale", "nap.mean"):
+    for name in ("features", "squares", "middle", "scale", "nap.mean"):
         with pytest.raises(ValueError, match="disagree"):
             Hyperplane.from_arrays({**fitted.arrays(), name: np.zeros(1)})
 
