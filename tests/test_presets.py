@@ -22,5 +22,5 @@ def test_a_preset_is_a_copy():
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="name must be one of table, image, got 'audio'"):
+    with pytest.raises(ValueError, match="name must be one of table, image, image-hyperplane, got 'audio'"):
         preset("audio")

@@ -56,6 +56,7 @@ class Preset(str, Enum):
 
     table = "table"
     image = "image"
+    image_hyperplane = "image-hyperplane"
 
 
 class Scaling(str, Enum):
@@ -103,13 +104,15 @@ def fit(
         Preset | None,
         typer.Option(
             "--preset",
-            help="Defaults of the other options, by kind of data; image: pixels in 0..1 [default: by the data].",
+            help="Defaults of the other options, by kind of data; image...: pixels in 0..1 [default: by the data].",
             rich_help_panel=MODEL,
         ),
     ] = None,
     scaler: Annotated[
         Scaling | None,
-        typer.Option("--scaler", help="[default: standard; with --preset image: none]", rich_help_panel=MODEL),
+        typer.Option(
+            "--scaler", help="[default: standard; with --preset image or image-hyperplane: none]", rich_help_panel=MODEL
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="The same seed gives the same model.", rich_help_panel=TRAINING)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rvae_fast.presets import PRESETS, preset
 from rvae_fast.serialization import load
 from tests.cli.conftest import COLUMNS, make_rows, write_csv
 
@@ -34,6 +35,14 @@ def test_every_model(name: str, table: Path, tmp_path: Path, run: Callable[..., 
     assert (summary["rows"], summary["features"], summary["epochs"]) == (240, 5, 1)
     assert summary["model"] == str(out)
     assert "trained" in result.stderr
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_its_name_here(name: str, table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    out = tmp_path / "m.safetensors"
+    run("fit", table, "--id", "serial", "--preset", name, "--out", out, "--epochs", 1, "--layers", 4, "--json")
+    parameters = load(out).get_params()
+    assert parameters["anomaly_score"] == preset(name).get("anomaly_score", "reconstruction")
 
 
 def test_options_reach_the_detector(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
