@@ -15,6 +15,7 @@ ESTIMATORS = [
     for detector in DETECTORS.values()
 ]
 ESTIMATORS.append(RVAEDetector(epochs=2, widths=(16,), missing="mean", scaler="minmax", anomaly_score="elbo"))
+ESTIMATORS.append(RVAEDetector(epochs=2, widths=(16, 8), anomaly_score="hyperplane"))
 
 
 @pytest.mark.filterwarnings("ignore:constant column")
