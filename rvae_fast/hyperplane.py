@@ -42,8 +42,8 @@ from rvae_fast._planes import Planes, distinct, parts_of
 from rvae_fast.local import ROUNDING, columns_of, observer, places, sample_rows
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.nn import ResidualStack
-from rvae_fast.rapp import NAP, TILE, Moments, check_share
-from rvae_fast.scoring import _parts, map_rows
+from rvae_fast.rapp import NAP, TILE, Moments, check_share, scored_parts
+from rvae_fast.scoring import map_rows
 
 #: Rows that are kept to compare with, at most: more of them are better, and cost memory and time by their number.
 REFERENCE = 40_000
@@ -314,12 +314,7 @@ def hyperplane_parts(
         seen = observe(rows)
         return compare(seen[:, :width], seen[:, width:])
 
-    for part in _parts(x):
-        with in_eval(model):
-            scores = map_rows(model, part, score, batch_size=TILE, row_tile=TILE, **options)
-        # An overflow anywhere on the way: the network has never seen anything like this row.
-        scores[~np.isfinite(scores)] = np.inf
-        yield scores
+    return scored_parts(model, x, score, options)
 
 
 # --- private ---

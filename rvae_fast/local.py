@@ -31,7 +31,7 @@ from rvae_fast._architecture import positive_int
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.nn import ResidualStack
 from rvae_fast.pathway import hidden, reconstruct
-from rvae_fast.rapp import NAP, TILE, Moments, check_share, pathway_scorer
+from rvae_fast.rapp import NAP, TILE, Moments, check_share, pathway_scorer, scored_parts
 from rvae_fast.scoring import _parts, map_rows
 
 #: Rows whose codes and errors are kept to compare with; more of them changed nothing on MNIST.
@@ -268,12 +268,7 @@ def local_parts(model: Autoencoder, local: Local, x: Any, **options: Any) -> Ite
     def score(rows: Tensor) -> Tensor:
         return compare(*_split(observe(rows), model.latent_features, widths))
 
-    for part in _parts(x):
-        with in_eval(model):
-            scores = map_rows(model, part, score, batch_size=TILE, row_tile=TILE, **options)
-        # An overflow anywhere on the way: the network has never seen anything like this row.
-        scores[~np.isfinite(scores)] = np.inf
-        yield scores
+    return scored_parts(model, x, score, options)
 
 
 # --- private ---

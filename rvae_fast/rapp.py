@@ -181,7 +181,7 @@ def sap_parts(
             total += d.float().square().sum(1) if d.dtype != torch.float64 else d.square().sum(1)
         return total
 
-    return _scored(model, x, score, options)
+    return scored_parts(model, x, score, options)
 
 
 def fit_nap(
@@ -282,7 +282,7 @@ def nap_parts(
         project = nap.scorer(d.device) if project is None else project
         return project(d)
 
-    return _scored(model, x, score, options)
+    return scored_parts(model, x, score, options)
 
 
 def check_share(name: str, value: object) -> None:
@@ -340,12 +340,13 @@ def _observer(
     return observe
 
 
-def _scored(
+def scored_parts(
     model: Autoencoder, x: Any, score: Callable[[Tensor], Tensor], options: dict[str, Any]
 ) -> Iterator[NDArray[np.float64]]:
+    """``score`` of a table's rows, tile by tile: one array per chunk of ``x``."""
     for part in _parts(x):
         with in_eval(model):
             scores = map_rows(model, part, score, batch_size=TILE, row_tile=TILE, **options)
-        # inf - inf on the way: the network has never seen anything like this row.
-        scores[np.isnan(scores)] = np.inf
+        # An overflow anywhere on the way: the network has never seen anything like this row.
+        scores[~np.isfinite(scores)] = np.inf
         yield scores

@@ -18,8 +18,8 @@ SCORES = ("reconstruction",)
 DEPTHS = (2, 4, 6, 8, 10, 12, 14, 16)
 FURTHER = (32, 64, 100)
 
-#: Where the article has all rows and some hundred epochs: 490 trainings of so many steps (240) take two cores about two
-#: hours, see docs/results/README.md.
+#: Where the article has all rows and some hundred epochs: 490 trainings of so many steps (240) are, by arithmetic,
+#: about two hours of two cores.
 EPOCHS, ROWS = 10, 6000
 
 #: At every depth: with the library's own plan the number of transitions, which no unit skips, would change with depth.

@@ -20,8 +20,8 @@ SCORES = ("reconstruction",)
 DEPTHS = (10, 40, 80, 100)
 DEEPEST = 200
 
-#: Where the article has all rows and 200 epochs: 245 trainings of so many steps (192, of the large batches 12) take two
-#: cores about two hours, see docs/results/README.md.
+#: Where the article has all rows and 200 epochs: 245 trainings of so many steps (192, of the large batches 12) are, by
+#: arithmetic, about two hours of two cores.
 EPOCHS, ROWS = 12, 4000
 
 #: Times the running median of the steps before it: above this a step is a spike.
