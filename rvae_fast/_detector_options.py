@@ -10,9 +10,9 @@ import numpy as np
 
 from rvae_fast._training_config import TrainingConfig
 from rvae_fast._validation import check_choice, check_contamination
+from rvae_fast._whitening import check_share
 from rvae_fast.pathway import PATHWAYS
 from rvae_fast.preprocessing import MISSING, SCALERS
-from rvae_fast.rapp import check_share
 
 ANOMALY_SCORES = ("reconstruction", "elbo", "sap", "nap", "local", "hyperplane")
 

@@ -39,10 +39,11 @@ from torch import Tensor
 
 from rvae_fast._architecture import positive_int
 from rvae_fast._planes import Planes, distinct, parts_of
+from rvae_fast._whitening import NAP, Moments, check_share
 from rvae_fast.local import ROUNDING, columns_of, observer, places, sample_rows
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.nn import ResidualStack
-from rvae_fast.rapp import NAP, TILE, Moments, check_share, scored_parts
+from rvae_fast.rapp import TILE, scored_parts
 from rvae_fast.scoring import map_rows
 
 #: Rows that are kept to compare with, at most: more of them are better, and cost memory and time by their number.

@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._architecture import positive_int
+from rvae_fast._whitening import NAP, Moments, check_share
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.nn import ResidualStack
 from rvae_fast.pathway import hidden, reconstruct
-from rvae_fast.rapp import NAP, TILE, Moments, check_share, pathway_scorer, scored_parts
+from rvae_fast.rapp import TILE, pathway_scorer, scored_parts
 from rvae_fast.scoring import _parts, map_rows
 
 #: Rows whose codes and errors are kept to compare with; more of them changed nothing on MNIST.

@@ -12,9 +12,7 @@ with it a training row averages the rank, whatever the size of the table.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._frozen import frozen
+from rvae_fast._whitening import NAP, TOLERANCE, Moments, check_share
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.pathway import differences, reconstruct
 from rvae_fast.scorer import Scorer
@@ -34,88 +33,6 @@ TILE = 256
 
 #: Rows whose differences are gathered before they enter the covariance: fewer would make its additions the main cost.
 GATHERED = 16 * TILE
-
-#: Directions whose variance is below this share of the largest one's are left out: the differences are of fp32 numbers,
-#: whose rounding has a variance of about 1e-14 of their own, and whitening would raise it to the level of the rest.
-TOLERANCE = 1e-10
-
-
-@dataclass(frozen=True)
-class NAP:
-    """What NAP learns from normal rows: rows' differences are centred and whitened by it.
-
-    Attributes
-    ----------
-    mean : ndarray [D] float64
-    whitening : ndarray [D, rank] float64
-        ``V S^-1 sqrt(n)``: a training row's centred differences times this have unit covariance.
-    """
-
-    mean: NDArray[np.float64]
-    whitening: NDArray[np.float64]
-
-    @property
-    def rank(self) -> int:
-        """Directions that were kept."""
-        return int(self.whitening.shape[1])
-
-    def scorer(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Scores ``[n]`` fp64 of differences ``[n, D]``, as a function for tensors on ``device``."""
-        # Zeros up to a multiple of 8 columns, so that every row begins on a vector's boundary: the product would sum
-        # rows that do not in another order.
-        short, narrow = -len(self.mean) % 8, -self.rank % 8
-        mean = torch.nn.functional.pad(torch.from_numpy(self.mean), (0, short)).to(device)
-        whitening = torch.nn.functional.pad(torch.from_numpy(self.whitening), (0, narrow, 0, short)).to(device)
-
-        def score(d: Tensor) -> Tensor:
-            return ((torch.nn.functional.pad(d.double(), (0, short)) - mean) @ whitening).square().sum(1)
-
-        return score
-
-
-class Moments:
-    """Mean and scatter matrix of rows that stream past, in fp64; chunks merge by Chan's rule.
-
-    Chan, Golub and LeVeque (1983), equation 2.1, for vectors: no sum of squares is ever taken about the origin, so a
-    mean far from zero costs no digits.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: NDArray[np.float64] = np.zeros(0)
-        self.scatter: NDArray[np.float64] = np.zeros((0, 0))
-
-    def update(self, rows: NDArray[np.float64]) -> None:
-        """Take in rows ``[n, D]``; ``rows`` is overwritten."""
-        n = len(rows)
-        if n == 0:
-            return
-        mean = rows.mean(axis=0)
-        rows -= mean
-        if self.count == 0:
-            self.count, self.mean, self.scatter = n, mean, rows.T @ rows  # NumPy sees a product with itself: dsyrk
-            return
-        delta, total = mean - self.mean, self.count + n
-        self.scatter += rows.T @ rows
-        self.scatter += np.outer(delta, delta * (self.count * n / total))
-        self.mean = self.mean + delta * (n / total)
-        self.count = total
-
-    def whiten(self, tolerance: float = TOLERANCE, ridge: float = 0.0) -> NAP:
-        """The whitening of what has been taken in; see :func:`fit_nap`."""
-        if self.count < 2:
-            raise ValueError(f"x must have at least 2 rows to find a covariance from, got {self.count}")
-        from scipy.linalg import eigh
-
-        values, vectors = eigh(self.scatter / self.count, overwrite_a=True, check_finite=False)
-        largest = float(values[-1])
-        if not math.isfinite(largest) or largest <= 0.0:
-            raise ValueError("the differences of the rows do not vary: NAP has nothing to whiten")
-        kept = values > tolerance * largest
-        if not kept.any():
-            raise ValueError(f"tolerance must be below 1 to keep a direction, got {tolerance!r}")
-        variance = values[kept] + ridge * float(values[kept].mean())
-        return NAP(self.mean, np.ascontiguousarray(vectors[:, kept] / np.sqrt(variance)))
 
 
 def sap_scores(
@@ -283,15 +200,6 @@ def nap_parts(
         return project(d)
 
     return scored_parts(model, x, score, options)
-
-
-def check_share(name: str, value: object) -> None:
-    """Raise an error that names the argument unless ``value`` is a finite number of at least 0."""
-    expected = f"{name} must be a finite number of at least 0, got {value!r}"
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(expected)
-    if not 0 <= value < math.inf:
-        raise ValueError(expected)
 
 
 # --- private ---

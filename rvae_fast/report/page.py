@@ -13,6 +13,7 @@ from rvae_fast.datasets.cache import atomic_path
 from rvae_fast.report.gallery import build_gallery
 from rvae_fast.report.metrics import check_labels, check_scores, evaluate_scores
 from rvae_fast.report.rows import extreme_positions
+from rvae_fast.report.summary import cards, lead, worst_mistakes
 from rvae_fast.report.theme import number
 
 if TYPE_CHECKING:
@@ -84,50 +85,6 @@ def _history(history: Any) -> tuple[list[Mapping[str, Any]], NDArray[np.float64]
 
 def _parameters(detector: Any) -> dict[str, Any]:
     return dict(detector.get_params(deep=False)) if hasattr(detector, "get_params") else {}
-
-
-def _lead(scores: NDArray[np.float64], above: int, threshold: float, evaluation: Evaluation | None) -> str:
-    """Say in one or two plain sentences what came out."""
-    rows = "row scores" if above == 1 else "rows score"
-    text = (
-        f"{above:,} of {scores.size:,} {rows} above the threshold of {number(threshold)} ({above / scores.size:.1%})."
-    )
-    if evaluation is None:
-        return text
-    if evaluation.auroc is None:
-        kind = "normal" if evaluation.anomalies == 0 else "an anomaly"
-        return (
-            f"{text} Every row is labelled {kind}, so how well the scores separate the two classes cannot be measured."
-        )
-    return (
-        f"{text} {evaluation.true_positives:,} of the {evaluation.anomalies:,} labelled anomalies are among them, and "
-        f"{evaluation.false_positives:,} of the {evaluation.rows - evaluation.anomalies:,} normal rows."
-    )
-
-
-def _cards(
-    scores: NDArray[np.float64], above: int, evaluation: Evaluation | None, facts: Mapping[str, Any] | None
-) -> list[tuple[str, str, str]]:
-    """Return name, figure and a note to the figure of each card at the head of the page."""
-    cards = [("Rows", f"{scores.size:,}", ""), ("Flagged", f"{above:,}", f"{above / scores.size:.1%}")]
-    if evaluation is not None and evaluation.auroc is not None and evaluation.average_precision is not None:
-        cards += [
-            ("AUROC", f"{evaluation.auroc:.4f}", ""),
-            ("Avg. precision", f"{evaluation.average_precision:.4f}", ""),
-        ]
-        cards.append(("F1 at threshold", "–" if evaluation.f1 is None else f"{evaluation.f1:.4f}", ""))
-    for name, value in (facts or {}).items():
-        figure, _, unit = value.partition(" ") if isinstance(value, str) else (number(value), "", "")
-        cards.append((name, figure, unit))
-    return cards
-
-
-def _mistakes(scores: NDArray[np.float64], threshold: float, truth: NDArray[np.bool_], k: int = 10) -> list[int]:
-    """Return the rows that the threshold gets most wrong: ``k`` normal ones far above it, ``k`` anomalies below."""
-    flagged = scores > threshold
-    alarms, missed = np.flatnonzero(flagged & ~truth), np.flatnonzero(~flagged & truth)
-    highest, lowest = extreme_positions(scores[alarms], k)[0], extreme_positions(scores[missed], k)[1]
-    return [int(row) for row in (*alarms[highest], *missed[lowest])]
 
 
 def _pictures(
@@ -317,7 +274,9 @@ def write_report(
     ]
     mistakes = []
     if truth is not None and evaluation is not None:
-        mistakes = [(row_id(row), number(scores[row]), bool(truth[row])) for row in _mistakes(scores, threshold, truth)]
+        mistakes = [
+            (row_id(row), number(scores[row]), bool(truth[row])) for row in worst_mistakes(scores, threshold, truth)
+        ]
     html = (
         environment()
         .get_template("report.html")
@@ -325,8 +284,8 @@ def write_report(
             title=title,
             description=description,
             written=datetime.datetime.now().astimezone(),
-            lead=_lead(scores, above, threshold, evaluation),
-            cards=_cards(scores, above, evaluation, facts),
+            lead=lead(scores, above, threshold, evaluation),
+            cards=cards(scores, above, evaluation, facts),
             evaluation=evaluation,
             scores_pictures=about_scores,
             training_pictures=about_training,
