@@ -72,7 +72,7 @@ def oracle(model: Autoencoder, reference: np.ndarray, x: np.ndarray, k: int) -> 
         return np.array(of)
 
     usual = parts(own, differences)
-    return ((parts(new, differences_x) - usual.mean(axis=0)) / usual.std(axis=0)) @ np.array([1.0, 1.0, 0.5, 0.5])
+    return ((parts(new, differences_x) - usual.mean(axis=0)) / usual.std(axis=0)) @ np.array([1.0, 1.0, 1.5, 0.5])
 
 
 @pytest.mark.parametrize("neighbours", [7, 20])
