@@ -7,6 +7,7 @@ training recorded; the second is written last, so that a model without it counts
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -21,7 +22,9 @@ from rvae_fast.serialization import load, save
 
 def model_file(folder: str | os.PathLike[str], cell: Cell, member: int = 0) -> Path:
     """Where the model of a cell (of an ensemble, one of its members) is kept."""
-    parts = [part or "none" for part in cell.key]
+    # The first member of an ensemble is the single model of its seed, under whatever name the ensemble goes.
+    single = dataclasses.replace(cell, variant="") if cell.members > 1 else cell
+    parts = [part or "none" for part in single.key]
     return Path(folder) / f"{'-'.join(parts).replace(' ', '_')}-{member}.safetensors"
 
 

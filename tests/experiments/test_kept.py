@@ -42,9 +42,10 @@ def test_a_kept_model_is_scored_without_training(members: int, folder: Path, mon
 def test_an_ensemble_takes_the_first_member_from_the_single_model(folder: Path) -> None:
     run_cell(own(), models=str(folder))
     before = kept.model_file(folder, own()).stat().st_mtime_ns
-    run_cell(own(members=2), models=str(folder))
+    run_cell(own(members=2, variant="ensemble"), models=str(folder))
     assert kept.model_file(folder, own()).stat().st_mtime_ns == before
     assert kept.model_file(folder, own(), 1).exists()
+    assert len(list(folder.glob("*.safetensors"))) == 2
 
 
 def test_a_model_of_another_recipe_is_refused(folder: Path) -> None:
