@@ -56,6 +56,8 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
         for setting in SETTINGS:
             here = pick(rows, data=data, setting=setting)
             own = {name: pick(here, series=name + suffix) for name in names}
+            if not any(own.values()):
+                continue  # nothing to draw beside the published values
             means = {
                 name: {s: _mean(grouped(of, "data", f"auroc_{s}").get(data, [])) for s in scores}
                 for name, of in own.items()
