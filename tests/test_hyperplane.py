@@ -169,6 +169,15 @@ def test_it_is_saved_as_arrays(rows: np.ndarray) -> None:
             Hyperplane.from_arrays({**fitted.arrays(), name: np.zeros(1)})
 
 
+def test_a_saved_score_keeps_its_weights(rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained("RVAE", **DEEP)
+    saved = fit_hyperplane(model, rows[:150]).arrays()
+    before = hyperplane_scores(model, Hyperplane.from_arrays(saved), rows[150:])
+    monkeypatch.setattr("rvae_fast.hyperplane.WEIGHTS", (1.0, 0.0, 0.0, 0.0))
+    np.testing.assert_array_equal(hyperplane_scores(model, Hyperplane.from_arrays(saved), rows[150:]), before)
+    assert not np.array_equal(hyperplane_scores(model, fit_hyperplane(model, rows[:150]), rows[150:]), before)
+
+
 def test_an_overflow_scores_infinite(rows: np.ndarray) -> None:
     model = trained("RAE", **DEEP)
     fitted = fit_hyperplane(model, rows)
