@@ -59,7 +59,7 @@ class RVAEDetector(BaseDetector):
         score (:mod:`rvae_fast.local`): the error beside those of training rows with a similar code, and NAP inside the
         deeper units; or the hyperplane score (:mod:`rvae_fast.hyperplane`): the distance inside the encoder from the
         plane through the nearest training rows, beside theirs, and NAP. Both keep training rows, the latter up to
-        40,000 of them. ``"elbo"`` is for the variational detectors.
+        60,000 of them. ``"elbo"`` is for the variational detectors.
     pathway : {"stages", "units", "branches", "linears", "activations"}, default "stages"
         Where SAP and NAP compare, see :data:`rvae_fast.pathway.PATHWAYS`.
     pathway_input : bool, default True

@@ -47,7 +47,7 @@ from rvae_fast.rapp import TILE, scored_parts
 from rvae_fast.scoring import map_rows
 
 #: Rows that are kept to compare with, at most: more of them are better, and cost memory and time by their number.
-REFERENCE = 40_000
+REFERENCE = 60_000
 
 #: Nearest rows that span a plane.
 NEIGHBOURS = 30
@@ -192,7 +192,7 @@ def fit_hyperplane(
 ) -> Hyperplane:
     """Learn what is usual among normal rows, normally those the model was trained on.
 
-    The time grows with the square of the reference rows: 38,000 of an image's take half a minute of one core.
+    The time grows with the square of the reference rows: 50,000 of an image's take 50 s of one core.
 
     Parameters
     ----------
@@ -202,7 +202,7 @@ def fit_hyperplane(
         In the model's units; at least 4 distinct rows.
     neighbours : int, default 30
         Nearest reference rows that span a plane; fewer where there are not so many.
-    reference : int, default 40,000
+    reference : int, default 60,000
         Rows that are kept, drawn at random with a fixed seed: the same ones however ``x`` is cut into chunks.
     penalty : float, default 0.05
         On points of a plane far from its rows, in units of their mean squared distance from their mean.

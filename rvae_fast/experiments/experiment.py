@@ -31,7 +31,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "absolute": ("absolute in place of squared error", {"network": {"likelihood": "absolute"}}),
     "bernoulli": ("binary cross-entropy in place of squared error", {"network": {"likelihood": "bernoulli"}}),
     "large-batch": ("effective batches of 4000 rows, 16 of 250", {"training": {"batch_size": 250, "accumulate": 16}}),
+    "half-rate": ("half the learning rate", {"rate_share": 0.5}),
     "ensemble": ("three models of different seeds, scores averaged", {"members": 3}),
+    "half-rate-ensemble": (
+        "two models of different seeds at half the learning rate, scores averaged",
+        {"rate_share": 0.5, "members": 2},
+    ),
 }
 
 
@@ -72,16 +77,30 @@ class Settings:
         return self.max_rows or (quick_rows if self.quick else own)
 
     def vary(self, cells: Sequence[Cell]) -> list[Cell]:
-        """The cells with the variant's changes."""
+        """The cells with the variant's changes.
+
+        Raises
+        ------
+        ValueError
+            When the variant takes a share of a learning rate that is ``"auto"``: a number is only known in training.
+        """
         if not self.variant:
             return list(cells)
         changes = dict(VARIANTS[self.variant][1])
-        share = changes.pop("kld_warmup_share", None)
+        share, rate_share = changes.pop("kld_warmup_share", None), changes.pop("rate_share", None)
         varied = []
         for cell in cells:
             training = {**cell.training, **changes.get("training", {})}
             if share is not None:
                 training["kld_warmup_epochs"] = share * training["epochs"]
+            if rate_share is not None:
+                rate = training["learning_rate"]
+                if isinstance(rate, str):
+                    raise ValueError(
+                        f"variant {self.variant} takes a share of the learning rate, and that of {cell.series} of "
+                        f"{cell.n_layers} layers here is {rate!r}: it suits the experiments with a rate of their own"
+                    )
+                training["learning_rate"] = rate_share * rate
             given = {**changes, "training": training, "network": {**cell.network, **changes.get("network", {})}}
             varied.append(dataclasses.replace(cell, variant=self.variant, **given))
         return varied

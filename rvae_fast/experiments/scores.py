@@ -7,7 +7,8 @@
 ``local``
     The error beside those of rows with a similar code, and NAP in the deeper units, see :mod:`rvae_fast.local`.
 ``hyperplane``
-    The distance from the plane through the nearest training rows, and NAP, see :mod:`rvae_fast.hyperplane`.
+    The distance from the plane through the nearest training and validation rows, and NAP, see
+    :mod:`rvae_fast.hyperplane`. The more rows there are to compare with, the better it is, and both are normal.
 ``pixel``
     Per-pixel likelihood: squared errors divided by each pixel's mean squared error on the validation rows.
 ``samples``
@@ -81,7 +82,7 @@ def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation:
     """
     for name in names:
         check_score(name)
-    validation = validation[:NORMAL_ROWS]
+    normal, validation = validation, validation[:NORMAL_ROWS]
     found = _together(model, names, train, validation, test)
     for name in names:
         if name in found:
@@ -97,7 +98,7 @@ def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation:
             local = fit_local(model, train)
             found[name] = (local_scores(model, local, validation), local_scores(model, local, test))
         elif kind == "hyperplane":
-            hyperplane = fit_hyperplane(model, train)
+            hyperplane = fit_hyperplane(model, np.concatenate([train, normal]))
             found[name] = (hyperplane_scores(model, hyperplane, validation), hyperplane_scores(model, hyperplane, test))
         elif kind == "pixel":
             found[name] = _pixel(model, validation, test)

@@ -9,6 +9,7 @@ import pytest
 
 from rvae_fast.experiments import kept, work
 from rvae_fast.experiments.cells import Cell
+from rvae_fast.experiments.experiment import Settings
 from rvae_fast.experiments.store import ResultsError
 from rvae_fast.experiments.work import run_cell
 
@@ -39,13 +40,19 @@ def test_a_kept_model_is_scored_without_training(members: int, folder: Path, mon
     assert {k: v for k, v in untimed(other).items() if k != "auroc_sap"} == untimed(first)
 
 
-def test_an_ensemble_takes_the_first_member_from_the_single_model(folder: Path) -> None:
-    run_cell(own(), models=str(folder))
-    before = kept.model_file(folder, own()).stat().st_mtime_ns
-    run_cell(own(members=2, variant="ensemble"), models=str(folder))
-    assert kept.model_file(folder, own()).stat().st_mtime_ns == before
-    assert kept.model_file(folder, own(), 1).exists()
-    assert len(list(folder.glob("*.safetensors"))) == 2
+@pytest.mark.parametrize(
+    ("variant", "together"), [("", "ensemble"), ("half-rate", "half-rate-ensemble")], ids=["plain", "half-rate"]
+)
+def test_an_ensemble_takes_the_first_member_from_the_single_model(variant: str, together: str, folder: Path) -> None:
+    (single,) = Settings(data=("digits",), seeds=1, variant=variant).vary([own()])
+    (ensemble,) = Settings(data=("digits",), seeds=1, variant=together).vary([own()])
+    run_cell(single, models=str(folder))
+    before = kept.model_file(folder, single).stat().st_mtime_ns
+    run_cell(ensemble, models=str(folder))
+    assert kept.model_file(folder, single).stat().st_mtime_ns == before
+    assert ensemble.members > 1
+    assert [kept.model_file(folder, ensemble, i).exists() for i in range(ensemble.members)] == [True] * ensemble.members
+    assert len(list(folder.glob("*.safetensors"))) == ensemble.members
 
 
 def test_a_model_of_another_recipe_is_refused(folder: Path) -> None:

@@ -18,6 +18,7 @@ from rvae_fast.experiments.runner import run
 from rvae_fast.experiments.scores import all_scores
 from rvae_fast.experiments.store import Results
 from rvae_fast.experiments.work import build, metric_names, run_cell, spike, steps_file
+from rvae_fast.hyperplane import fit_hyperplane, hyperplane_scores
 from rvae_fast.models import RVAE, VAE
 from rvae_fast.nn import Transition
 
@@ -62,6 +63,10 @@ def test_variants_change_every_cell() -> None:
         assert varied.network.items() >= cells[0].network.items()
     (varied,) = Settings(data=("digits",), seeds=1, variant="kl-warm-up").vary([cell(training={"epochs": 8})])
     assert varied.training["kld_warmup_epochs"] == 4.0
+    half = Settings(data=("digits",), seeds=1, variant="half-rate")
+    assert half.vary([cell(training={"learning_rate": 2e-3})])[0].training["learning_rate"] == 1e-3
+    with pytest.raises(ValueError, match=r"half-rate takes a share of the learning rate, .* is 'auto'"):
+        half.vary([cell(training={"learning_rate": "auto"})])
 
 
 def test_a_setting_limits_the_rows() -> None:
@@ -112,6 +117,8 @@ def test_scores_by_name() -> None:
         assert np.isfinite(tested).all()
         assert tested[:10].mean() > tested[10:].mean(), name
     assert (scored["elbo"][1] > scored["reconstruction"][1]).all()  # the KL divergence is positive
+    both = fit_hyperplane(model, np.concatenate([train, validation]))
+    np.testing.assert_array_equal(scored["hyperplane"][1], hyperplane_scores(model, both, test))
     again = all_scores(model, names, train, validation, test, 0)
     np.testing.assert_array_equal(again["samples"][1], scored["samples"][1])
     with pytest.raises(ValueError, match="unknown score 'sap/layers'"):
