@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rvae_fast._neighbours import Neighbours
+
 #: Rows whose mean distance stands for the density around a row.
 NEAREST = 10
 
@@ -37,6 +39,7 @@ class Planes:
     def __init__(self, features: Tensor, squares: Tensor, middle: Tensor, neighbours: int, penalty: float) -> None:
         self.features, self.squares, self.middle = features, squares, middle
         self.neighbours, self.penalty = neighbours, penalty
+        self.search = Neighbours(features, squares)
 
     @classmethod
     def of(cls, rows: Tensor, neighbours: int, penalty: float) -> Planes:
@@ -57,17 +60,11 @@ class Planes:
             By number, the nearest first; none is the row itself.
         """
         h = h.to(self.features.dtype) - self.middle
-        # |h|^2, the same for all of a row's candidates, is left out.
-        distances = torch.addmm(self.squares, h, self.features.T, alpha=-2.0)
-        candidates = distances.topk(self.neighbours + 1, largest=False).indices
-        there = self.features[candidates]
-        apart = (there - h[:, None]).square().sum(2)
-        itself = apart.amin(1) <= SAME * apart.mean(1)
-        dropped = torch.where(itself, apart.argmin(1), apart.argmax(1))
-        kept = torch.arange(self.neighbours + 1) != dropped[:, None]
-        nearest = candidates[kept].view(len(h), self.neighbours)
-        mean = apart[kept].view(len(h), self.neighbours)[:, :NEAREST].double().sqrt().mean(1)
-        around = there[kept].view(len(h), self.neighbours, -1)
+        apart, found = self.search(h, self.neighbours + 1)
+        itself = apart[:, 0].square() <= SAME * apart.square().mean(1)
+        nearest = torch.where(itself[:, None], found[:, 1:], found[:, :-1])
+        mean = torch.where(itself[:, None], apart[:, 1:], apart[:, :-1])[:, :NEAREST].double().mean(1)
+        around = self.features[nearest]
         middle = around.mean(1)
         around, target = around - middle[:, None], h - middle
         products = (around @ around.transpose(1, 2)).double()
