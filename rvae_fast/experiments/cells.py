@@ -41,6 +41,8 @@ class Cell:
         Standard deviation of the noise on the rows that the model sees while training (denoising).
     members : int, default 1
         Models trained from different seeds, whose scores are averaged.
+    parts : tuple of Cell
+        Cells of one model each whose scores are averaged, in place of the cell's own models.
     steps : bool, default False
         Whether loss and gradient norm of every step are kept.
     """
@@ -59,7 +61,13 @@ class Cell:
     rows: int | None = None
     noise: float = 0.0
     members: int = 1
+    parts: tuple[Cell, ...] = ()
     steps: bool = False
+
+    @property
+    def models(self) -> list[tuple[Cell, int]]:
+        """What is trained: for each model the cell that says by what, and its number there."""
+        return [(part, 0) for part in self.parts] or [(self, member) for member in range(self.members)]
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -81,7 +89,10 @@ class Cell:
     @property
     def recipe(self) -> str:
         """Everything about the cell that its name does not say, as JSON: equal recipes give equal results."""
-        return json.dumps({**self._trained_by, "scores": self.scores, "members": self.members}, sort_keys=True)
+        said = {**self._trained_by, "scores": self.scores, "members": self.members}
+        if self.parts:
+            said["parts"] = [part._trained_by for part in self.parts]
+        return json.dumps(said, sort_keys=True)
 
     @property
     def training_recipe(self) -> str:

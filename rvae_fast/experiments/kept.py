@@ -22,8 +22,8 @@ from rvae_fast.serialization import load, save
 
 def model_file(folder: str | os.PathLike[str], cell: Cell, member: int = 0) -> Path:
     """Where the model of a cell (of an ensemble, one of its members) is kept."""
-    # The first member of an ensemble is the single model of its seed: that of "half-rate-ensemble" is "half-rate"'s.
-    single = dataclasses.replace(cell, variant=cell.variant.removesuffix("ensemble").removesuffix("-"))
+    # The first member of an ensemble is the single model of its seed, under whatever name the ensemble goes.
+    single = dataclasses.replace(cell, variant="") if cell.members > 1 else cell
     parts = [part or "none" for part in single.key]
     return Path(folder) / f"{'-'.join(parts).replace(' ', '_')}-{member}.safetensors"
 

@@ -188,7 +188,7 @@ def estimate(cells: Sequence[Cell], jobs: int) -> float:
             series = f"{cell.model} {cell.order}"
             if series not in rates:
                 rates[series] = _seconds_a_row(cell, width) / weights[net]
-            seen = min(rows, cell.rows or rows) * int(cell.training.get("epochs", 100)) * cell.members
+            seen = min(rows, cell.rows or rows) * int(cell.training.get("epochs", 100)) * len(cell.models)
             total += 1.1 * rates[series] * weights[net] * seen
     finally:
         torch.set_num_threads(threads)

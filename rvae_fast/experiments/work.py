@@ -108,14 +108,14 @@ def run_cell(cell: Cell, folder: str | None = None, models: str | None = None) -
         test, labels = test[::thin], labels[::thin]
     totals: dict[str, Any] = {}
     spent = {"seconds": 0.0, "cpu_seconds": 0.0}
-    for member in range(cell.members):
-        model, record = _trained(cell, rows, member, folder, models)
+    for part, member in cell.models:
+        model, record = _trained(part, rows, member, folder, models)
         if math.isinf(record["loss_ratio"]):
             return {"features": rows.shape[1], **record, **{name: spent[name] + record[name] for name in spent}}
         scoring = _Clock()
         scored = all_scores(model, cell.scores, rows, validation, test, cell.seed)
         for name, (normal, tested) in scored.items():
-            by = unit(name, normal) if cell.members > 1 else 1.0
+            by = unit(name, normal) if len(cell.models) > 1 else 1.0
             before = totals.get(name, (0.0, 0.0))
             totals[name] = (before[0] + normal / by, before[1] + tested / by)
         spent = {name: spent[name] + record[name] + value for name, value in scoring.spent().items()}

@@ -40,19 +40,28 @@ def test_a_kept_model_is_scored_without_training(members: int, folder: Path, mon
     assert {k: v for k, v in untimed(other).items() if k != "auroc_sap"} == untimed(first)
 
 
-@pytest.mark.parametrize(
-    ("variant", "together"), [("", "ensemble"), ("half-rate", "half-rate-ensemble")], ids=["plain", "half-rate"]
-)
-def test_an_ensemble_takes_the_first_member_from_the_single_model(variant: str, together: str, folder: Path) -> None:
-    (single,) = Settings(data=("digits",), seeds=1, variant=variant).vary([own()])
-    (ensemble,) = Settings(data=("digits",), seeds=1, variant=together).vary([own()])
-    run_cell(single, models=str(folder))
-    before = kept.model_file(folder, single).stat().st_mtime_ns
+def varied(variant: str) -> Cell:
+    return Settings(data=("digits",), seeds=1, variant=variant).vary([own()])[0]
+
+
+def test_an_ensemble_takes_the_first_member_from_the_single_model(folder: Path) -> None:
+    run_cell(own(), models=str(folder))
+    before = kept.model_file(folder, own()).stat().st_mtime_ns
+    ensemble = varied("ensemble")
     run_cell(ensemble, models=str(folder))
-    assert kept.model_file(folder, single).stat().st_mtime_ns == before
-    assert ensemble.members > 1
-    assert [kept.model_file(folder, ensemble, i).exists() for i in range(ensemble.members)] == [True] * ensemble.members
-    assert len(list(folder.glob("*.safetensors"))) == ensemble.members
+    assert kept.model_file(folder, own()).stat().st_mtime_ns == before
+    assert [kept.model_file(folder, ensemble, i).exists() for i in range(3)] == [True] * 3
+    assert len(list(folder.glob("*.safetensors"))) == 3
+
+
+def test_parts_are_the_single_models_of_their_variants(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    singles = [run_cell(varied(name), models=str(folder)) for name in ("", "half-rate")]
+    monkeypatch.setattr(work, "train", no_training)
+    both = run_cell(varied("two-rates"), models=str(folder))
+    assert varied("two-rates").recipe not in (varied("").recipe, varied("half-rate").recipe)
+    assert both["train_loss"] == singles[1]["train_loss"]  # as of an ensemble, the last one's
+    assert both["auroc_reconstruction"] not in [single["auroc_reconstruction"] for single in singles]
+    assert both["cpu_seconds"] > 0.9 * sum(single["cpu_seconds"] for single in singles)
 
 
 def test_a_model_of_another_recipe_is_refused(folder: Path) -> None:
