@@ -174,6 +174,11 @@ def is_available(name: str) -> bool:
     return _availability[name]
 
 
+# As torch.compiler.assume_constant_result does, which would import the compiler: a graph that is the first to ask must
+# not be traced through the look-up, which reads the file system.
+is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _require(name: str) -> None:
     if name not in ("auto", "reference") and not is_available(name):
         raise RuntimeError(f"backend {name!r} is not available: {_why_not(name)}")

@@ -55,6 +55,15 @@ def test_unavailable_backend_says_why(monkeypatch) -> None:
         assert _backend.choose("op", "cpu", {"native": ("cpu",)}) == "reference"
 
 
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_a_graph_may_be_the_first_to_ask(name: str, monkeypatch) -> None:
+    """The look-up reads the file system, which the compiler cannot trace."""
+    torch.compiler.reset()
+    monkeypatch.setattr(_backend, "_availability", {})
+    compiled = torch.compile(lambda x: x + int(_backend.is_available(name)), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == float(_backend._why_not(name) is None)
+
+
 def test_auto_takes_the_best_by_device(monkeypatch) -> None:
     both = {"native": ("cpu",), "triton": ("cuda",)}
     monkeypatch.setattr(_backend, "_availability", {"native": True, "triton": True})
