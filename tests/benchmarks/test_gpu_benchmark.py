@@ -245,6 +245,40 @@ def test_a_cell_that_runs_out_of_memory_is_recorded(monkeypatch: pytest.MonkeyPa
     assert "seconds" not in result
 
 
+def test_compiling_ahead_waits_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    left = [2]
+
+    def step() -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_measure, "prepare", lambda *_: gpu_variants.Prepared(step))
+    monkeypatch.setattr(gpu_measure, "WAITS", (0.0, 0.0))
+    job, cpu = Job(Cell("train", 4, 4, 2), "compile"), torch.device("cpu")
+    gpu_measure.compile_job(job, cpu)
+    assert left == [-1]
+    left[0] = 9
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_measure.compile_job(job, cpu)
+
+
+def test_no_profiler_runs_before_the_hosts_share_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would slow the launches of whoever is measured next in the process."""
+    import torch
+
+    monkeypatch.setattr(gpu_measure, "_kernels", lambda *_: pytest.fail("a profiler"))
+    result = gpu_measure.run_job(Job(Cell("host overhead", 8, 4, 1), "rvae_fast"), torch.device("cpu"), 0.0)
+    assert "host_seconds" in result
+    assert "error" not in result
+    todo = gpu_cells.jobs()
+    host = [n for n, job in enumerate(todo) if job.cell == gpu_cells.KEY[8]]
+    assert todo[0].cell == gpu_cells.ROOFS
+    assert host[:2] == [1, 2]
+
+
 def test_what_is_timed_is_reported_before_kernels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
