@@ -111,7 +111,8 @@ class StepGraph:
         prepare()
         record = self._device.eager(body)
         self._warm += 1
-        if self._warm == WARMUP + TIMED:
+        # Not again after an invalidation: the clock has run since, through replays and what was between them.
+        if self._warm == WARMUP + TIMED and self.eager_seconds is None:
             self.eager_seconds = (self._device.seconds() - self._began) / TIMED
         return record
 

@@ -41,7 +41,8 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 def test_a_graph_trains_as_eager_steps_do(accumulate: int, precision: str, cuda: torch.device) -> None:
     options = {**OPTIONS, "accumulate": accumulate, "precision": precision, "device": "cuda"}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        # Of a step that is not captured; not whatever PyTorch or Triton may have to say of this machine.
+        warnings.filterwarnings("error", message="training goes on without")
         eager = train(one := model(dropout=0.1), table(), TrainingConfig(**options, cuda_graph=False))
         graph = train(two := model(dropout=0.1), table(), TrainingConfig(**options, cuda_graph=True))
         auto = train(three := model(dropout=0.1), table(), TrainingConfig(**options))

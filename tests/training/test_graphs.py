@@ -104,6 +104,16 @@ def test_invalidation_captures_again() -> None:
     assert graph.choice is None
 
 
+def test_an_invalidation_amid_the_timing_leaves_what_was_timed() -> None:
+    steps = Steps(eager_seconds=0.5, graph_seconds=1.0)
+    graph = StepGraph(False, steps.device)
+    steps.run(graph, range(WARMUP + TIMED + 5))
+    graph.invalidate()
+    steps.run(graph, range(TIMED + 5))
+    assert (graph.eager_seconds, graph.graph_seconds) == (0.5, 1.0)
+    assert graph.choice == "eager"
+
+
 def test_which_devices_have_graphs() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert step_graph("auto", cpu, torch.float32) is None
