@@ -260,7 +260,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """:func:`rvae_fast.reference.reconstruction_kld` for fp32, bf16 and fp16 tensors: error and kld, fp32 [rows]."""
     rows, features = x.shape
-    error, kld = x.new_empty((2, rows), dtype=torch.float32)
+    # Not two rows of one tensor: compiled graphs rely on an op's results beginning at multiples of 16 bytes.
+    error, kld = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
     if mu is None:
         kld.zero_()
     if not rows:

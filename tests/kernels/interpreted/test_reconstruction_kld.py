@@ -57,6 +57,14 @@ def check(inputs: list[Tensor | None], likelihood: str, reduction: str, compare:
         compare(name, ours[name].double() / scale, theirs[name].double() / scale, value / scale)
 
 
+@pytest.mark.parametrize("variational", [True, False])
+def test_results_lie_by_themselves(variational: bool) -> None:
+    """Inductor asserts that each begins at a multiple of 16 bytes, whatever the number of rows."""
+    x, x_hat, *posterior, _ = make(33, 5, 3)
+    for result in kernels.forward(x, x_hat, *(posterior if variational else (None, None)), None, "squared", "sum"):
+        assert result.storage_offset() == 0
+
+
 @pytest.mark.parametrize("likelihood", reference.LIKELIHOODS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape: tuple[int, int, int], likelihood: str, compare: Any) -> None:
