@@ -61,7 +61,10 @@ def test_no_errors(tool: str, cuda: torch.device, tmp_path: Path) -> None:
         pytest.skip("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
     root, log = Path(__file__).parents[2], tmp_path / "log"
     script = [sys.executable, "-c", SCRIPT]
-    assert run(script, 80.0, log, cwd=root) == 0, log.read_text()[-4000:]  # compiles, and must pass anyway
+    status = run(script, 80.0, log, cwd=root)  # compiles, and must pass anyway
+    if status is None:
+        pytest.skip("the kernels took more than 80 s to compile here")
+    assert status == 0, log.read_text()[-4000:]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
     if tool == "memcheck":
         # Errors that CUDA's own calls return are PyTorch's business: it asks for functions that a driver may lack.
