@@ -31,7 +31,9 @@ def sizes(device: torch.device, *small: tuple[int, int]) -> list[tuple[int, int]
 def test_fp32(order: str, triton: torch.device) -> None:
     for width, batch in sizes(triton, (1, 37), (65, 51)):
         module = make(width, 2, order=order, activation="silu").to(triton)
-        assert_within_bound(module, (1 + 2 * torch.randn(batch, width, device=triton)).requires_grad_())
+        # Of one column the gradient all but cancels in the norms: which of two roundings is nearer there is chance.
+        least = 0.02 if width == 1 else 0.0
+        assert_within_bound(module, (1 + 2 * torch.randn(batch, width, device=triton)).requires_grad_(), least=least)
 
 
 @pytest.mark.parametrize("order", ORDERS)
