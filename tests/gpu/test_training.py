@@ -90,6 +90,18 @@ def test_the_gpu_learns_what_the_cpu_learns(device: torch.device) -> None:
     assert ends[1] < 1.15 * ends[0] + 0.1, ends
 
 
+def test_a_compiled_model(cuda: torch.device) -> None:
+    """Scoring and a training step of a whole network by the compiler, around this package's kernels."""
+    torch.compiler.reset()
+    net, x = model().to(cuda).eval(), table(70).to(cuda)
+    compiled = torch.compile(net.loss, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), net.loss(x), rtol=1e-4, atol=1e-4)
+    net.train()
+    compiled(x).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
 def test_one_distributed_rank(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """DistributedDataParallel's hooks on one rank change no gradient."""
     if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
