@@ -100,13 +100,13 @@ class Optimizer:
             if blocked is None or not bool(blocked):
                 self._unfused(float(learning_rate))
             return
-        missing = [i for i, p in enumerate(self.parameters) if p.grad is None]
+        missing = any(p.grad is None for p in self.parameters)
         taken = 1.0 if blocked is None else 1.0 - blocked
-        if missing:
-            present = torch.ones_like(self._steps)
-            present[missing] = 0.0
-            taken = taken * present
-        self._steps += taken
+        if not missing:
+            self._steps += taken
+        elif present := [step for step, p in zip(self._step, self.parameters, strict=True) if p.grad is not None]:
+            # Not by a mask: to make one is a copy from the host, which a captured step must not have.
+            torch._foreach_add_(present, taken)
         for group in self._groups:
             group = [i for i in group if self.parameters[i].grad is not None] if missing else group
             if group:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvae_fast import _optimizer
 from rvae_fast._optimizer import Optimizer
@@ -89,6 +90,28 @@ def test_a_parameter_without_gradient_keeps_its_own_count(path: str) -> None:
         theirs.step()
     for one, other in zip(net.parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
+
+
+def test_a_blocked_step_counts_for_no_parameter_with_or_without_gradient() -> None:
+    """Nor does it make a tensor from numbers on the host: on a GPU it may be captured."""
+    net = network(torch.float32)
+    ours = Optimizer(list(net.parameters()), TrainingConfig())
+    ours._native = False  # torch's kernels, as on a GPU
+    made: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for blocked in (0.0, 1.0, 0.0):
+        gradients(net, 0, 1.0)
+        net[0].weight.grad = None
+        norm, flag, rate = ours.norm(), torch.tensor(blocked), torch.tensor(1e-3)
+        with Watch():
+            ours.step(rate, norm, flag)
+    assert ours._steps.tolist() == [0.0, 2.0, 2.0, 2.0]
+    assert not {"index_put_", "_to_copy", "lift_fresh"} & {*made}, made
 
 
 def test_mixed_dtypes(path: str) -> None:
