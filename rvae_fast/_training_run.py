@@ -242,9 +242,10 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What two runs must share for one to continue the other to the same bits."""
         held_out = None if self.held_out is self.rows else self.held_out.fingerprint()
+        config = {key: value for key, value in self.config.to_dict().items() if key not in _INCIDENTAL}
         return {
             "model": _checkpoint.describe_model(self.model),
-            "config": {key: value for key, value in self.config.to_dict().items() if key not in _INCIDENTAL},
+            "config": config | {"seed": self.seed},  # the one in use: whoever gives none goes on with the checkpoint's
             "data": self.rows.fingerprint(),
             "validation": held_out,
             "precision": self.precision,
@@ -272,7 +273,9 @@ class Run:
     def _restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         path = str(self.config.checkpoint)
         try:
-            _checkpoint.require_same(path, header["identity"], self._identity)
+            saved = header["identity"]
+            saved = {**saved, "config": {**saved["config"], "seed": header["history"]["seed"]}}
+            _checkpoint.require_same(path, saved, self._identity)
             if missing := self._state().keys() - tensors.keys():
                 raise KeyError(sorted(missing)[0])
             position, stale, best_loss = header["position"], header["stale"], header["best_loss"]

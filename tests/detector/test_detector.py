@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import QuantileTransformer
 
 from rvae_fast._detector_options import default_architecture, default_epochs
+from rvae_fast._stepper import Stepper
 from rvae_fast.detector import DETECTORS, AEDetector, RAEDetector, RVAEDetector, VAEDetector
 
 from .conftest import SMALL
@@ -109,6 +110,29 @@ def test_checkpoint_and_resume(tmp_path: Path, table: np.ndarray) -> None:
     np.testing.assert_array_equal(again.score_samples(table), whole.score_samples(table))
     with pytest.raises((ValueError, OSError)):
         RVAEDetector(**{**options, "checkpoint": str(tmp_path / "absent")}, resume=True).fit(table)
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_an_interrupted_fit_without_a_random_state_can_be_resumed(
+    resume: bool | str, tmp_path: Path, table: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default is no random_state: the seed that was drawn is the checkpoint's, and the resumed run's."""
+    options = {**SMALL, "random_state": None, "checkpoint": str(tmp_path / "run")}
+    read = Stepper.read
+
+    def interrupt(stepper: Stepper) -> None:
+        read(stepper)
+        if len(stepper.history.steps) == 2:
+            raise KeyboardInterrupt
+
+    np.random.seed(5)  # noqa: NPY002  (what random_state=None draws from)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Stepper, "read", interrupt)
+        RVAEDetector(**options).fit(table)
+    resumed = RVAEDetector(**options, resume=resume).fit(table)
+    np.random.seed(5)  # noqa: NPY002
+    whole = RVAEDetector(**{**options, "checkpoint": None}).fit(table)
+    np.testing.assert_array_equal(resumed.score_samples(table), whole.score_samples(table))
 
 
 def test_default_network_follows_the_number_of_columns() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -219,6 +220,19 @@ def test_without_a_seed_the_checkpoint_has_it(model, table, same, tmp_path: Path
     torch.manual_seed(4)
     train(resumed, table(40), config, resume=True)
     same(unbroken, resumed)
+
+
+def test_a_seed_that_was_given_need_not_be_given_again(model, table, same, tmp_path: Path) -> None:
+    config = TrainingConfig(**BASE, checkpoint=str(tmp_path / "run"))
+    unbroken, broken, resumed = model(), model(), model(seed=5)
+    train(unbroken, table(40), config)
+    die_at(broken, 7)
+    with pytest.raises(Killed):
+        train(broken, table(40), config)
+    history = train(resumed, table(40), dataclasses.replace(config, seed=None), resume=True)
+    same(unbroken, resumed)
+    assert history.seed == BASE["seed"]
+    train(model(), table(40), config, resume=True)  # and whoever gives it may still go on
 
 
 def test_a_finished_run_resumes_to_itself(model, table, same, tmp_path: Path) -> None:
