@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rvae_fast._paths import replaceable
+
 FORMAT, VERSION = "rvae_fast.checkpoint", 1
 _KEY = "rvae_fast"
 
@@ -26,8 +28,8 @@ def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[
     """
     from safetensors.torch import save_file
 
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    target = replaceable(path)
     partial = target.with_name(target.name + ".partial")
     seen: set[int] = set()
     flat = {}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rvae_fast._paths import replaceable
 from rvae_fast._version import __version__
 from rvae_fast.models import MODELS, Autoencoder
 
@@ -41,6 +42,7 @@ def save(obj: Autoencoder | BaseDetector, path: str | os.PathLike[str]) -> None:
     """Write a model or a fitted detector as one safetensors file.
 
     The file appears whole or not at all: it is written beside ``path`` under another name, flushed to disk and renamed.
+    A link keeps pointing where it does, and the file there is replaced.
 
     Parameters
     ----------
@@ -54,6 +56,8 @@ def save(obj: Autoencoder | BaseDetector, path: str | os.PathLike[str]) -> None:
     ------
     TypeError
         For any other object, or a parameter that JSON cannot hold.
+    OSError
+        Where ``path`` is a directory or a device, its directory is not there, or nothing can be written.
     sklearn.exceptions.NotFittedError
         For a detector that has not been fitted.
     """
@@ -292,6 +296,7 @@ def _write(path: Path, document: dict[str, Any], tensors: dict[str, Tensor]) -> 
 
     text = json.dumps(document)
     content = to_bytes(tensors, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
+    path = replaceable(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "xb") as file:

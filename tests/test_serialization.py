@@ -142,6 +142,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(path: Path, monkeypatc
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes as POSIX has them")
+def test_only_files_are_replaced_and_links_are_followed(path: Path, tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    save(RVAE(6, 2, n_layers=4), target)
+    link.symlink_to(target.name)
+    save(RVAE(7, 2, n_layers=4), link)
+    assert link.is_symlink()
+    assert load(target).in_features == 7
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="pipe is a device or a pipe, expected the name of a file"):
+        save(RVAE(6, 2, n_layers=4), pipe)
+    assert pipe.is_fifo()
+    with pytest.raises(IsADirectoryError, match=" is a directory, expected the name of a file"):
+        save(RVAE(6, 2, n_layers=4), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"absent/saved\.safetensors cannot be written: there is no directory"):
+        save(RVAE(6, 2, n_layers=4), tmp_path / "absent" / path.name)
+    assert sorted(tmp_path.iterdir()) == [link, pipe, target]
+
+
 def test_absent_file(path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"saved\.safetensors"):
         load(path)

@@ -76,12 +76,16 @@ def fail(message: str) -> NoReturn:
 def refuse_to_overwrite(paths: Iterable[Path], force: bool) -> None:
     """Stop with exit status 2, before any work, if an output exists and ``--force`` was not given.
 
-    Also where its directory does not exist or is a file: better now than after an hour of training.
+    Also where it is no file (a directory, a device), with ``--force`` too, and where its directory is a file or cannot
+    be written to: better now than after an hour of training.
     """
     for path in paths:
+        if path.exists() and not path.is_file():
+            kind = "a directory" if path.is_dir() else "a device or a pipe"
+            usage_error(f"{path} is {kind}, expected the name of a file to write")
         if path.exists() and not force:
             usage_error(f"{path} exists; --force overwrites it")
-        parent = path.parent
+        parent = Path(os.path.realpath(path)).parent  # a link's target is what will be written
         while not parent.exists():
             parent = parent.parent
         if not parent.is_dir():

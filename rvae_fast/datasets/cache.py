@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rvae_fast._paths import replaceable
+
 ENVIRONMENT_VARIABLE = "RVAE_FAST_DATA"
 
 
@@ -70,7 +72,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     It takes the place of `path` when the block ends well, and is removed when it does not.
     """
-    path = Path(path)
+    path = replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield temporary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,23 @@ def test_outputs_are_not_overwritten(table: Path, tmp_path: Path, run: Callable[
     assert not (tmp_path / "n").exists()
     run("fit", table, "--id", "serial", "-o", out, "--force", *QUICK)
     assert load(out).n_features_in_ == 5
+
+
+@pytest.mark.parametrize("option", ["-o", "--checkpoint"])
+def test_an_output_that_is_no_file_is_told_before_the_training(
+    option: str, table: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    given = ("fit", table, "--id", "serial", "-o", tmp_path / "m", option, folder, *QUICK)
+    for force in ((), ("--force",)):
+        assert "models is a directory, expected the name of a file" in run(*given, *force, code=2).stderr
+    assert list(tmp_path.iterdir()) == [folder]
+    if hasattr(os, "mkfifo"):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        assert "pipe is a device or a pipe" in run(*given, option, pipe, "--force", code=2).stderr
+        assert pipe.is_fifo()
 
 
 def test_a_failed_run_leaves_the_old_model(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:

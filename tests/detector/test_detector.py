@@ -126,9 +126,10 @@ def test_an_interrupted_fit_without_a_random_state_can_be_resumed(
             raise KeyboardInterrupt
 
     np.random.seed(5)  # noqa: NPY002  (what random_state=None draws from)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Stepper, "read", interrupt)
+    monkeypatch.setattr(Stepper, "read", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         RVAEDetector(**options).fit(table)
+    monkeypatch.setattr(Stepper, "read", read)
     resumed = RVAEDetector(**options, resume=resume).fit(table)
     np.random.seed(5)  # noqa: NPY002
     whole = RVAEDetector(**{**options, "checkpoint": None}).fit(table)

@@ -76,6 +76,19 @@ def test_a_failed_write_leaves_the_old_file(model, table, tmp_path: Path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes as POSIX has them")
+def test_a_checkpoint_follows_a_link_and_replaces_nothing_but_a_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+    _checkpoint.save(tmp_path / "link", {"a": torch.arange(2.0)}, {})
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(OSError, match="expected the name of a file to write"):
+            _checkpoint.save(tmp_path / name, {"a": torch.arange(2.0)}, {})
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
     shared = torch.arange(6.0).view(2, 3)
     _checkpoint.save(tmp_path / "file", {"a": shared, "b": shared, "c": shared.t()}, {})
