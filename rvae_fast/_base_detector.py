@@ -102,9 +102,9 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
                 UserWarning,
                 stacklevel=2,
             )
+        self.model_ = model.eval()
         with scaled_table(table, self._scaled_parts(table)) as rows:
             self.history_ = train(model, rows, config, resume=self.resume)
-            self.model_ = model.eval()
             self.n_iter_ = len(self.history_.epochs)
             if self.anomaly_score == "nap":
                 self.nap_ = fit_nap(
@@ -120,6 +120,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
                 f"{np.count_nonzero(~np.isfinite(scores))} training rows have no finite score: the network overflows "
                 "on them; a lower learning_rate, or scaler='standard', prevents that"
             )
+        self._scored_by = options.scored_by(self)
         self.offset_ = float(np.percentile(scores, 100.0 * self.contamination))
         return self
 
@@ -163,6 +164,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """``score_samples(X) - offset_`` ``[n_rows]``: below 0 is an anomaly."""
+        self._check_threshold()
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> NDArray[np.int64]:
@@ -210,7 +212,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
     @property
     def threshold_(self) -> float:
         """Anomaly score (``-score_samples``) above which a row is an anomaly: ``-offset_``."""
-        check_is_fitted(self)
+        self._check_threshold()
         return -self.offset_
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -257,15 +259,21 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         check_is_fitted(self)
         return check_table(self, X, reset=False)
 
+    def _check_threshold(self) -> None:
+        check_is_fitted(self)
+        options.check_scored_by(self, self._scored_by)
+
     def _scaled_parts(self, table: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
         """Filled and scaled chunks of a checked table; values that are no numbers are reported over the whole of it."""
-        names, allow_nan = getattr(self, "feature_names_in_", None), self.missing != "error"
+        names = getattr(self, "feature_names_in_", None)
+        # By what fit found and made, not by parameters that may have been set since: there may be nothing to fill with.
+        allow_nan = self.scaler_.fill is not None and self.missing != "error"
         for part in chunks(table):
             if part.dtype.kind == "f" and not np.isfinite(part).all():
                 check_finite(chunks(table), names, allow_nan)
             scaled = self.scaler_.transform(part)
             # The cross-entropy of a target outside [0, 1] is not bounded below: beyond the range seen is its edge.
-            yield scaled.clip(0.0, 1.0) if self.likelihood == "bernoulli" else scaled
+            yield scaled.clip(0.0, 1.0) if self.model_.likelihood == "bernoulli" else scaled
 
     def _network(self, table: NDArray[Any], result: str) -> NDArray[np.float64]:
         options = self._network_options()

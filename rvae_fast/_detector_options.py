@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+from sklearn.exceptions import NotFittedError
 
 from rvae_fast._training_config import TrainingConfig
 from rvae_fast._validation import check_choice, check_contamination
@@ -65,6 +66,25 @@ def check(detector: Any) -> None:
         raise ValueError(
             "likelihood='bernoulli' needs values in [0, 1], which scaler='standard' does not give: use "
             "scaler='minmax', or scaler=None for data that are there already"
+        )
+
+
+def scored_by(detector: Any) -> dict[str, Any]:
+    """The parameters that say what a row is scored by: a threshold holds for the scores of these values alone."""
+    names = {"elbo": ("kld_weight",), "sap": ("pathway", "pathway_input"), "nap": ("pathway", "pathway_input")}
+    score = detector.anomaly_score
+    return {name: getattr(detector, name) for name in ("anomaly_score", *names.get(score, ()))}
+
+
+def check_scored_by(detector: Any, fitted: dict[str, Any]) -> None:
+    """Raise a NotFittedError unless ``detector`` still scores by what it did when its threshold was placed."""
+    now = scored_by(detector)
+    if now != fitted:
+        changed = ", ".join(f"{name}={value!r}" for name, value in now.items() if fitted.get(name, value) != value)
+        was = ", ".join(f"{name}={value!r}" for name, value in fitted.items())
+        raise NotFittedError(
+            f"{changed} was set after fit, whose threshold is one of {was}: fit again, or compare score_samples with a "
+            "threshold of your own"
         )
 
 

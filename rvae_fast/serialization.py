@@ -163,6 +163,7 @@ def _describe_detector(detector: BaseDetector) -> tuple[dict[str, Any], dict[str
     from rvae_fast.detector import DETECTORS
 
     check_is_fitted(detector)
+    detector._check_threshold()  # the file would not say that it belongs to another score
     name = type(detector).__name__
     if DETECTORS.get(name) is not type(detector):
         raise TypeError(
@@ -203,6 +204,7 @@ def _describe_detector(detector: BaseDetector) -> tuple[dict[str, Any], dict[str
 def _restore_detector(
     path: Path, cls: type[BaseDetector], document: dict[str, Any], tensors: dict[str, Tensor], device: Any
 ) -> BaseDetector:
+    from rvae_fast._detector_options import scored_by
     from rvae_fast._history import History
     from rvae_fast.preprocessing import Scaler
 
@@ -231,6 +233,7 @@ def _restore_detector(
     detector.history_ = History.from_dict({**document["history"], "steps": tensors["history.steps"].numpy()})
     detector.n_iter_ = len(detector.history_.epochs)
     detector.offset_ = float(document["offset"])
+    detector._scored_by = scored_by(detector)
     detector.n_features_in_ = width
     if names is not None:
         detector.feature_names_in_ = np.asarray(names, dtype=object)

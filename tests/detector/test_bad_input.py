@@ -48,6 +48,15 @@ def test_infinity_is_an_error_even_where_nan_is_filled(table: np.ndarray) -> Non
         fit(table, missing="mean")
 
 
+def test_filling_set_after_fit_has_nothing_to_fill_with(table: np.ndarray) -> None:
+    detector = fit(table).set_params(missing="mean")
+    table[3, 4] = np.nan
+    for method in ("score_samples", "predict", "transform", "feature_errors"):
+        with pytest.raises(ValueError, match=r"1 NaN and 0 infinite values .* in column 4 \(1 NaN\)"):
+            getattr(detector, method)(table)
+    assert np.isfinite(detector.fit(table).score_samples(table)).all()
+
+
 def test_column_without_a_single_value_cannot_be_filled(table: np.ndarray) -> None:
     table[:, 3] = np.nan
     with pytest.raises(ValueError, match="missing='mean' cannot fill columns without a single value: column 3"):

@@ -123,6 +123,45 @@ def test_a_score_set_after_fit_asks_for_another_fit(name: str, table: np.ndarray
 
 
 @pytest.mark.parametrize(
+    ("fitted", "changed"),
+    [
+        ({}, {"anomaly_score": "sap"}),
+        ({}, {"anomaly_score": "elbo"}),
+        ({"anomaly_score": "elbo"}, {"kld_weight": 3.0}),
+        ({"anomaly_score": "sap"}, {"pathway": "linears"}),
+        ({"anomaly_score": "sap"}, {"pathway_input": False}),
+    ],
+)
+def test_a_threshold_is_not_used_for_other_scores_than_its_own(
+    fitted: dict[str, Any], changed: dict[str, Any], table: np.ndarray, tmp_path: Path
+) -> None:
+    detector = RVAEDetector(**SMALL, **fitted).fit(table).set_params(**changed)
+    other = RVAEDetector(**SMALL, **{**fitted, **changed}).fit(table)
+    if "kld_weight" not in changed:  # which changes the training too
+        np.testing.assert_array_equal(detector.score_samples(table), other.score_samples(table))
+    name, value = next(iter(changed.items()))
+    for use in (
+        lambda: detector.predict(table),
+        lambda: detector.decision_function(table),
+        lambda: detector.threshold_,
+        lambda: detector.save(tmp_path / "m"),
+    ):
+        with pytest.raises(NotFittedError, match=f"{name}={value!r} was set after fit, whose threshold"):
+            use()
+    assert (detector.fit(table).predict(table) == -1).sum() == 30
+    other.save(tmp_path / "m")
+    with pytest.raises(NotFittedError, match="set after fit"):
+        load(tmp_path / "m").set_params(anomaly_score="reconstruction").predict(table)
+
+
+def test_parameters_that_a_score_does_not_depend_on_may_change(table: np.ndarray) -> None:
+    detector = RVAEDetector(**SMALL).fit(table)
+    before = detector.predict(table)
+    detector.set_params(pathway="units", pathway_input=False, kld_weight=3.0, likelihood="bernoulli")
+    np.testing.assert_array_equal(detector.predict(table), before)
+
+
+@pytest.mark.parametrize(
     ("option", "value"),
     [("pathway", "layers"), ("pathway_input", "yes"), ("nap_tolerance", -1), ("nap_ridge", float("nan"))],
 )
