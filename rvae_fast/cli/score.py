@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -37,9 +38,22 @@ ChunkOption = Annotated[int, typer.Option("--chunk-rows", min=1, help="Rows in m
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; by default the model's own.")
 ]
+
+
+def _finite(value: float | None) -> float | None:
+    # Nothing is above NaN: every row would pass as normal.
+    if value is not None and not math.isfinite(value):
+        usage_error(f"must be a finite number, got {value:g}", "--threshold")
+    return value
+
+
 ThresholdOption = Annotated[
     float | None,
-    typer.Option("--threshold", help="Flag rows scoring above this, instead of above the model's own threshold."),
+    typer.Option(
+        "--threshold",
+        callback=_finite,
+        help="Flag rows scoring above this, instead of above the model's own threshold.",
+    ),
 ]
 ReportOption = Annotated[
     Path | None,

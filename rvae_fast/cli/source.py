@@ -171,6 +171,11 @@ class Source:
 
             with contextlib.suppress(Exception), np.load(self.path, allow_pickle=False) as file:
                 return any(key in file.files for key in NAME_KEYS)
+        if kind == "csv":
+            from rvae_fast.datasets.csv_reader import CsvOptions, has_header
+
+            with contextlib.suppress(Exception):  # whatever is wrong, reading will say so properly
+                return has_header(self.path, CsvOptions(self.options.get("delimiter")))
         return kind in {"csv", "parquet"}
 
     @contextlib.contextmanager

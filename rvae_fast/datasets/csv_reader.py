@@ -59,6 +59,11 @@ def open_csv(path: Path, selection: Selection, options: CsvOptions) -> Opened:
     return Opened(features, _batches(path, layout, features, selection))
 
 
+def has_header(path: Path, options: CsvOptions) -> bool:
+    """Return whether the file names its columns."""
+    return _layout(path, options).header_lines > 0
+
+
 def _pyarrow() -> Any:
     try:
         import pyarrow

@@ -96,6 +96,15 @@ def test_arrays_go_by_position(model: Path, tmp_path: Path, expected: np.ndarray
         assert "warning" not in result.stderr
 
 
+def test_a_csv_file_without_names_goes_by_position(model: Path, tmp_path: Path, expected: np.ndarray, run: Run) -> None:
+    X, _ = make_rows()
+    bare = tmp_path / "bare.csv"
+    np.savetxt(bare, X, delimiter=",")
+    np.testing.assert_allclose(parse(run("score", model, bare, "-q").stdout)[1], expected, rtol=1e-6)
+    np.savetxt(bare, X[:, :3], delimiter=",")
+    assert "3 features, but RVAEDetector is expecting 4" in run("score", model, bare, "-q", code=1).stderr
+
+
 def test_standard_input(model: Path, table: Path, expected: np.ndarray, run: Run) -> None:
     result = run("score", model, "-", "--id", "serial", "-q", stdin=table.read_bytes())
     ids, scores, _ = parse(result.stdout)
@@ -111,6 +120,13 @@ def test_threshold_and_fail_on_anomaly(model: Path, table: Path, expected: np.nd
     result = run("score", model, table, "--threshold", cut, "--fail-on-anomaly", code=3)
     assert parse(result.stdout)[2].sum() == 10  # the output is complete all the same
     run("score", model, table, "--threshold", expected.max(), "--fail-on-anomaly", code=0)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_threshold_is_a_finite_number(value: str, model: Path, table: Path, run: Run) -> None:
+    for command in (("score",), ("evaluate", "--label", "faulty")):
+        result = run(*command, model, table, "--id", "serial", "--threshold", value, code=2)
+        assert f"must be a finite number, got {value}" in result.stderr
 
 
 def test_json_summary(model: Path, table: Path, expected: np.ndarray, tmp_path: Path, run: Run) -> None:
