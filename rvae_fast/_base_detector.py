@@ -74,12 +74,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         rvae_fast.training.NonFiniteError
             When the loss or a gradient becomes NaN or infinite.
         """
-        for name in (
-            "offset_",
-            "nap_",
-            "local_",
-            "hyperplane_",
-        ):  # not fitted until the end, whatever was fitted before
+        for name in ("offset_", "nap_", "local_", "hyperplane_"):  # not fitted until the end, whatever was before
             self.__dict__.pop(name, None)
         options.check(self)
         # One draw from a RandomState or from NumPy's global one; the same int gives the same detector.
@@ -110,6 +105,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
                 self.nap_ = fit_nap(
                     model, rows, tolerance=self.nap_tolerance, ridge=self.nap_ridge, **self._pathway_options()
                 )
+                options.warn_of_few_rows(self.nap_.rank, len(rows), self.nap_ridge)
             if self.anomaly_score == "local":
                 self.local_ = fit_local(model, rows, **self._network_options())
             if self.anomaly_score == "hyperplane":
@@ -196,17 +192,24 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         Returns
         -------
         ndarray [n_rows, n_features] float64
+            Infinite where the network overflows. A value beyond a million standard deviations (or ranges) counts as
+            one at a million.
         """
         check_choice("units", units, ("input", "score"))
         table = self._check(X)
         if units == "score":
-            return self._network(table, "feature_error")
+            errors = self._network(table, "feature_error")
+            errors[np.isnan(errors)] = np.inf
+            return errors
         errors = np.empty(table.shape)
         start = 0
         for scaled in self._scaled_parts(table):
             seen = network_rows(self.model_, scaled, "reconstruction", **self._network_options())
-            np.multiply(np.abs(seen - scaled), self.scaler_.scale, out=errors[start : start + len(seen)])
+            with np.errstate(invalid="ignore"):
+                np.subtract(seen, scaled, out=seen)
+            np.multiply(np.abs(seen), self.scaler_.scale, out=errors[start : start + len(seen)])
             start += len(seen)
+        errors[np.isnan(errors)] = np.inf
         return errors
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,22 @@ def check_scored_by(detector: Any, fitted: dict[str, Any]) -> None:
         raise NotFittedError(
             f"{changed} was set after fit, whose threshold is one of {was}: fit again, or compare score_samples with a "
             "threshold of your own"
+        )
+
+
+def warn_of_few_rows(rank: int, n_rows: int, ridge: float) -> None:
+    """Warn where NAP has seen too few rows for a threshold among their own scores to mean anything for others.
+
+    The Mahalanobis distance of a row that helped to find the covariance is too small, the more so the fewer there are:
+    with a direction a row, all of them are at the same distance, and nearly every new row beyond it.
+    """
+    if ridge == 0 and n_rows < 10 * rank:
+        warnings.warn(
+            f"anomaly_score='nap' found {rank} directions in {n_rows} rows: these rows score lower than new ones will, "
+            f"many of which the threshold will flag. Give it {10 * rank} rows, or nap_ridge=1.0, or take another "
+            "anomaly_score",
+            UserWarning,
+            stacklevel=3,
         )
 
 

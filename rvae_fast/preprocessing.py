@@ -67,14 +67,15 @@ class Scaler:
         scaled = np.array(x, dtype=np.float64)
         if self.fill is not None:
             np.copyto(scaled, self.fill, where=np.isnan(scaled))
+        # Beyond fp32, where nothing is cut, is infinite: such a row scores as one on which the network overflows.
         with np.errstate(over="ignore"):
             scaled -= self.center
             scaled /= self.scale
-        if self.kind is not None:
-            np.clip(scaled, -LIMIT, LIMIT, out=scaled)
-        if out is None:
-            return scaled.astype(np.float32)
-        out[...] = scaled
+            if self.kind is not None:
+                np.clip(scaled, -LIMIT, LIMIT, out=scaled)
+            if out is None:
+                return scaled.astype(np.float32)
+            out[...] = scaled
         return out
 
     def inverse_transform(self, scaled: NDArray[Any]) -> NDArray[np.float64]:

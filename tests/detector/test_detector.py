@@ -161,6 +161,16 @@ def test_a_huge_value_scores_as_an_anomaly_and_never_as_nan(table: np.ndarray) -
     assert not np.isnan(detector.score_samples(rows)).any()
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_overflow_is_infinite_and_no_warning(table: np.ndarray) -> None:
+    detector = VAEDetector(**SMALL, scaler=None).fit(table[:, [0, 1, 4]])
+    rows = np.full((2, 3), 1e300)
+    assert (detector.score_samples(rows) == -np.inf).all()
+    assert (detector.predict(rows) == -1).all()
+    for units in ("input", "score"):
+        assert (detector.feature_errors(rows, units=units) == np.inf).all()
+
+
 def test_verbose_shows_progress(table: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
     RVAEDetector(**SMALL).fit(table)
     assert capsys.readouterr().err == ""

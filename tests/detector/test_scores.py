@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,19 @@ def test_scores_from_inside_the_network_find_rows_that_leave_the_curve(
     np.testing.assert_array_equal(-pickle.loads(pickle.dumps(detector)).score_samples(X), scores)
     detector.save(tmp_path / "detector.safetensors")
     np.testing.assert_array_equal(-load(tmp_path / "detector.safetensors").score_samples(X), scores)
+
+
+def test_nap_warns_of_too_few_rows(table: np.ndarray) -> None:
+    """Its threshold would flag nearly all new rows: the training rows are all at the same distance."""
+    few, new = table[:60], table[60:]
+    with pytest.warns(UserWarning, match=r"found \d+ directions in 60 rows: .* nap_ridge=1\.0") as caught:
+        detector = AEDetector(epochs=3, random_state=0, anomaly_score="nap").fit(few)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        damped = AEDetector(epochs=3, random_state=0, anomaly_score="nap", nap_ridge=1.0).fit(few)
+    flagged, remedied = ((d.predict(new) == -1).mean() for d in (detector, damped))
+    assert flagged > 2 * remedied
 
 
 def test_options_of_rapps_scores_reach_them(table: np.ndarray) -> None:
