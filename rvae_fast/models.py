@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -150,12 +151,15 @@ class Autoencoder(nn.Module):
             )
         if not self.is_residual and dropout:
             raise ValueError(f"dropout is for residual models: {type(self).__name__} expects 0.0, got {dropout!r}")
+        share: Any = dropout  # to mypy no float is a Real
+        if isinstance(share, bool) or not isinstance(share, Real):
+            raise TypeError(f"dropout must be a number in [0, 1), got {dropout!r}")
         self.likelihood = likelihood
         self._config: dict[str, Any] = {
             "in_features": self.in_features,
             "latent_features": self.latent_features,
             "n_layers": n_layers,
-            "widths": None if widths is None else list(widths),
+            "widths": list(widths) if isinstance(widths, Sequence) else widths,
             "blocks": list(blocks) if isinstance(blocks, Sequence) else blocks,
             "stages": stages,
             "order": order,

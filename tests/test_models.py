@@ -311,6 +311,8 @@ def test_encode_and_decode():
         ({"init": "magic"}, ValueError, "init must be one of"),
         ({"logvar_range": (3.0, -3.0)}, ValueError, "logvar_range must be two finite numbers"),
         ({"dropout": 1.5}, ValueError, "dropout must be in"),
+        ({"dropout": "a"}, TypeError, "dropout must be a number"),
+        ({"widths": 5}, TypeError, "widths must be a non-empty sequence of integers, got 5"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):
