@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rvae_fast.cli.common import DebugOption, ForceOption, JsonOption, command, note, print_json, refuse_to_overwrite
+from rvae_fast.cli.csv_options import DecimalOption, DelimiterOption, EncodingOption, HeaderOption, csv_options
 from rvae_fast.cli.score import ChunkOption, DeviceOption, QuietOption, ReportOption, ShapeOption, ThresholdOption
 from rvae_fast.cli.source import (
     AnomalyOption,
     DataArgument,
-    DelimiterOption,
     IdOption,
     KeyOption,
     LabelOption,
@@ -74,6 +74,9 @@ def evaluate(
     chunk_rows: ChunkOption = 65_536,
     key: KeyOption = None,
     delimiter: DelimiterOption = None,
+    decimal: DecimalOption = ".",
+    header: HeaderOption = None,
+    encoding: EncodingOption = None,
     novel: NovelOption = None,
     part: PartOption = None,
     split_seed: SplitSeedOption = 0,
@@ -118,7 +121,8 @@ def evaluate(
 
     with contextlib.ExitStack() as stack:
         source = open_source(
-            data, stack, label=label, id_column=id_column, key=key, delimiter=delimiter, novel=novel, part=part,
+            data, stack, label=label, id_column=id_column, key=key, novel=novel, part=part,
+            csv=csv_options(delimiter, decimal, header, encoding),
             split_seed=split_seed,
         )  # fmt: skip
         if not source.labelled:

@@ -21,12 +21,12 @@ from rvae_fast.cli.common import (
     refuse_to_overwrite,
     usage_error,
 )
+from rvae_fast.cli.csv_options import DecimalOption, DelimiterOption, EncodingOption, HeaderOption, csv_options
 from rvae_fast.cli.fit_options import MODEL, PARAMETERS, TRAINING, as_parameters
 from rvae_fast.cli.score import QuietOption, ReportOption, ShapeOption
 from rvae_fast.cli.source import (
     AnomalyOption,
     DataArgument,
-    DelimiterOption,
     IdOption,
     KeyOption,
     LabelOption,
@@ -93,6 +93,9 @@ def fit(
     ] = None,
     key: KeyOption = None,
     delimiter: DelimiterOption = None,
+    decimal: DecimalOption = ".",
+    header: HeaderOption = None,
+    encoding: EncodingOption = None,
     novel: NovelOption = None,
     part: PartOption = None,
     split_seed: SplitSeedOption = 0,
@@ -188,7 +191,7 @@ def fit(
             columns=split_names(columns),
             drop=split_names(drop),
             key=key,
-            delimiter=delimiter,
+            csv=csv_options(delimiter, decimal, header, encoding),
             novel=novel,
             part=part,
             default_part="train",

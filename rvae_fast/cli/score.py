@@ -20,9 +20,9 @@ from rvae_fast.cli.common import (
     refuse_to_overwrite,
     usage_error,
 )
+from rvae_fast.cli.csv_options import DecimalOption, DelimiterOption, EncodingOption, HeaderOption, csv_options
 from rvae_fast.cli.source import (
     DataArgument,
-    DelimiterOption,
     IdOption,
     KeyOption,
     LabelOption,
@@ -84,6 +84,9 @@ def score(
     chunk_rows: ChunkOption = 65_536,
     key: KeyOption = None,
     delimiter: DelimiterOption = None,
+    decimal: DecimalOption = ".",
+    header: HeaderOption = None,
+    encoding: EncodingOption = None,
     novel: NovelOption = None,
     part: PartOption = None,
     split_seed: SplitSeedOption = 0,
@@ -131,7 +134,8 @@ def score(
         detector = load_detector(model, device)
         cut = detector.threshold_ if threshold is None else threshold
         source = open_source(
-            data, stack, label=label, id_column=id_column, key=key, delimiter=delimiter, novel=novel, part=part,
+            data, stack, label=label, id_column=id_column, key=key, novel=novel, part=part,
+            csv=csv_options(delimiter, decimal, header, encoding),
             default_part="test" if novel is not None or part is not None else "all", split_seed=split_seed,
         )  # fmt: skip
         # With --json standard output belongs to the summary; rows are then written only where --out says.

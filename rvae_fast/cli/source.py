@@ -14,7 +14,7 @@ import typer
 from rvae_fast.cli.common import fail, usage_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AnomalyOption",
     "DataArgument",
-    "DelimiterOption",
     "IdOption",
     "KeyOption",
     "LabelOption",
@@ -39,6 +38,9 @@ __all__ = [
 ]
 
 PARTS = ("all", "train", "validation", "test")
+
+#: Options of a reader that say how a CSV file is written.
+CSV = ("delimiter", "decimal", "header", "encoding")
 
 DataArgument = Annotated[
     str,
@@ -80,9 +82,6 @@ PartOption = Annotated[
 ]
 SplitSeedOption = Annotated[int, typer.Option("--split-seed", min=0, help="Built-in data: seed of that split.")]
 KeyOption = Annotated[str | None, typer.Option("--key", help=".npz: name of the array that holds the rows.")]
-DelimiterOption = Annotated[
-    str | None, typer.Option("--delimiter", help="CSV: the separator, where the guess is wrong.")
-]
 
 
 @dataclass
@@ -174,8 +173,9 @@ class Source:
         if kind == "csv":
             from rvae_fast.datasets.csv_reader import CsvOptions, has_header
 
+            written = {name: self.options[name] for name in CSV if name in self.options}
             with contextlib.suppress(Exception):  # whatever is wrong, reading will say so properly
-                return has_header(self.path, CsvOptions(self.options.get("delimiter")))
+                return has_header(self.path, CsvOptions(**written))
         return kind in {"csv", "parquet"}
 
     @contextlib.contextmanager
@@ -212,7 +212,7 @@ def open_source(
     columns: Sequence[str] = (),
     drop: Sequence[str] = (),
     key: str | None = None,
-    delimiter: str | None = None,
+    csv: Mapping[str, Any] | None = None,
     novel: str | None = None,
     part: str | None = None,
     default_part: str = "test",
@@ -226,6 +226,8 @@ def open_source(
         Path, ``-`` or the name of a built-in data set.
     stack : ExitStack
         Keeps a temporary copy of standard input until the command ends.
+    csv : mapping, optional
+        From :func:`rvae_fast.cli.csv_options.csv_options`.
     default_part : str
         Part of a built-in data set to take where ``part`` is None.
     """
@@ -247,7 +249,7 @@ def open_source(
         from rvae_fast.datasets.types import nearest_name
 
         fail(f"{data}: no such file, and no built-in data set of that name{nearest_name(data, datasets.names())}")
-    options: dict[str, Any] = {"label": label, "id": id_column, "drop": tuple(drop), "key": key, "delimiter": delimiter}
+    options: dict[str, Any] = {"label": label, "id": id_column, "drop": tuple(drop), "key": key, **(csv or {})}
     options["columns"] = list(columns) or None
     if data == "-":
         options["format"] = "csv"

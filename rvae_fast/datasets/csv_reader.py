@@ -216,6 +216,7 @@ def _explain(path: Path, layout: _Layout, features: Sequence[str], cause: Except
     width = len(layout.names)
     places = {name: layout.names.index(name) for name in features}
     bad: dict[str, str] = {}
+    commas = False
     try:
         with _stream(path) as stream:
             text = io.TextIOWrapper(stream, encoding=layout.encoding, errors="replace", newline="")
@@ -230,6 +231,7 @@ def _explain(path: Path, layout: _Layout, features: Sequence[str], cause: Except
                         cell = record[place]
                         if cell not in MISSING and not _is_number(cell, layout.decimal):
                             bad[name] = f"{name!r} (first {cell!r}, line {reader.line_num})"
+                            commas |= layout.decimal == "." and _is_number(cell, ",")
                 if len(bad) == len(places) or (bad and reader.line_num > 200_000):
                     break
     except (OSError, csv.Error, UnicodeError) as error:
@@ -237,8 +239,9 @@ def _explain(path: Path, layout: _Layout, features: Sequence[str], cause: Except
     if bad:
         shown = ", ".join(list(bad.values())[:MAX_REPORTED])
         more = f" and {len(bad) - MAX_REPORTED} more" if len(bad) > MAX_REPORTED else ""
+        mark = "; with decimal=',' some would be" if commas else ""
         return TableError(
-            f"{path}: columns that are not numeric: {shown}{more}; leave them out (drop or columns), "
+            f"{path}: columns that are not numeric: {shown}{more}{mark}; leave them out (drop or columns), "
             "or name one as label or id"
         )
     return TableError(f"{path}: cannot be read as CSV ({cause})")

@@ -105,6 +105,45 @@ def test_a_csv_file_without_names_goes_by_position(model: Path, tmp_path: Path, 
     assert "3 features, but RVAEDetector is expecting 4" in run("score", model, bare, "-q", code=1).stderr
 
 
+def test_a_csv_file_says_how_it_is_written(tmp_path: Path, run: Run) -> None:
+    """Decimal commas and a header of years, by the commands that read rows."""
+    X, labels = make_rows()
+    text = "\n".join(["2021;2022;2023;2024;odd"] + [
+        ";".join([*(f"{v:.6f}".replace(".", ",") for v in row), str(int(label))])
+        for row, label in zip(X, labels, strict=True)
+    ])  # fmt: skip
+    path, out = tmp_path / "years.csv", tmp_path / "m.safetensors"
+    path.write_bytes(text.replace("odd", "fällt").encode("cp1252"))
+    written = ("--decimal", ",", "--header", "--encoding", "cp1252", "--label", "fällt")
+    run("fit", path, *written, "--out", out, "--epochs", 1, "--layers", 3, "-q")
+    assert load(out).feature_names_in_.tolist() == ["2021", "2022", "2023", "2024"]
+    scores = parse(run("score", out, path, *written, "-q").stdout)[1]
+    np.testing.assert_allclose(scores, -load(out).score_samples(np.round(X, 6)), rtol=1e-5)
+    measured = json.loads(run("evaluate", out, path, *written, "-q", "--json").stdout)
+    assert measured["rows"] == len(X)
+    # Without them the names are a row of numbers, or the numbers are texts.
+    said = run("score", out, path, "-q", code=1).stderr
+    assert "columns that are not numeric: '2021'" in said
+    assert "with decimal=',' some would be" in said
+    bare = tmp_path / "bare.csv"
+    np.savetxt(bare, X, delimiter=",")
+    assert len(parse(run("score", out, bare, "--no-header", "-q").stdout)[1]) == len(X)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--decimal", "x"), "must be . or , and not 'x'"),
+        (("--delimiter", ",", "--decimal", ","), "is the decimal mark too"),
+        (("--delimiter", "--"), "must be one character"),
+        (("--encoding", "utf-9"), "no encoding 'utf-9' is known"),
+    ],
+    ids=["decimal", "both", "delimiter", "encoding"],
+)
+def test_what_a_csv_file_cannot_be(options: tuple[str, ...], message: str, model: Path, table: Path, run: Run) -> None:
+    assert message in " ".join(run("score", model, table, *options, code=2).stderr.split())
+
+
 def test_standard_input(model: Path, table: Path, expected: np.ndarray, run: Run) -> None:
     result = run("score", model, "-", "--id", "serial", "-q", stdin=table.read_bytes())
     ids, scores, _ = parse(result.stdout)
