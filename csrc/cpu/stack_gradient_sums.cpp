@@ -39,11 +39,12 @@ void GradientSums::finish_norm(int64_t width, const float* rstd, const float* ga
   float* const c1 = scratch_.get<float>(coefficients_);
   float* const c2 = c1 + padded_;
   float* const c3 = c2 + padded_;
-  const double share = batch_statistics ? 1.0 / static_cast<double>(rows_) : 0.0;
+  const double share = 1.0 / static_cast<double>(rows_);
   for (int64_t c = 0; c < width; ++c) {
     c1[c] = gamma == nullptr ? rstd[c] : gamma[c] * rstd[c];
-    c2[c] = static_cast<float>(sum[c] * share);
-    c3[c] = static_cast<float>(rstd[c] * sum_xhat[c] * share);
+    // Not by a share of zero: the sum over rows of which one is NaN would be NaN for all of them still.
+    c2[c] = batch_statistics ? static_cast<float>(sum[c] * share) : 0.0f;
+    c3[c] = batch_statistics ? static_cast<float>(rstd[c] * sum_xhat[c] * share) : 0.0f;
   }
 }
 

@@ -1,0 +1,46 @@
+"""Both stacks where batch or state are unusual: rows with NaN, columns that are constant, averages of a norm that are
+somebody's view or take no part."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from rvae_fast import ResidualStack
+from rvae_fast._activations import Activation
+from rvae_fast.nn import PlainStack
+
+pytestmark = pytest.mark.usefixtures("native")
+KINDS = ("pre", "post", "plain")
+
+
+def make(kind: str, width: int = 20) -> nn.Sequential:
+    if kind != "plain":
+        return ResidualStack(width, 3, order=kind)
+    modules: list[nn.Module] = []
+    for before, after in pairwise((width, 16, 33, width)):
+        modules += [nn.Linear(before, after), nn.BatchNorm1d(after), Activation("leaky_relu", 0.01)]
+    return PlainStack(*modules[:-2])
+
+
+def norms(stack: nn.Module) -> list[nn.BatchNorm1d]:
+    return [m for m in stack.modules() if isinstance(m, nn.BatchNorm1d)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_not_finite_leaves_the_gradients_of_the_others_alone(kind: str, value: float) -> None:
+    """By running statistics rows have nothing to do with each other, backward too."""
+    stack = make(kind).eval()
+    x = torch.randn(12, 20)
+    x[3, 2] = value
+    others = [i for i in range(12) if i != 3]
+    mixed, alone = x.clone().requires_grad_(), x[others].clone().requires_grad_()
+    stack(mixed).sum().backward()
+    stack(alone).sum().backward()
+    assert mixed.grad is not None
+    assert alone.grad is not None
+    torch.testing.assert_close(mixed.grad[others], alone.grad)
