@@ -44,3 +44,16 @@ def test_a_row_that_is_not_finite_leaves_the_gradients_of_the_others_alone(kind:
     assert mixed.grad is not None
     assert alone.grad is not None
     torch.testing.assert_close(mixed.grad[others], alone.grad)
+
+
+@pytest.mark.parametrize("rows", [14, 52, 60, 95, 97])
+def test_a_constant_column_of_large_numbers_has_no_negative_variance(rows: int) -> None:
+    """What rounding leaves of its sum of squares may have either sign."""
+    x = (10 ** torch.linspace(3, 11, 256)).expand(rows, 256).clone()
+    stack = ResidualStack(256, 1, layers=1, momentum=1.0)
+    assert bool(torch.isfinite(stack(x)).all())
+    assert float(norms(stack)[0].running_var.min()) >= 0
+    x[0, 0] = float("nan")
+    stack(x)
+    assert bool(norms(stack)[0].running_var[0].isnan())
+    assert not bool(norms(stack)[0].running_var[1:].isnan().any())
