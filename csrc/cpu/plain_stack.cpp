@@ -90,11 +90,13 @@ void update_running(Tensors means, Tensors variances, const at::Tensor& statisti
     const float* batch = statistics.const_data_ptr<float>() + static_cast<int64_t>(i) * 3 * statistics.size(2);
     const auto weight = static_cast<float>(momentum[i]), rest = static_cast<float>(1.0 - momentum[i]);
     for (const auto& [running, row] : {std::pair{means[i], kMean}, std::pair{variances[i], kVariance}}) {
-      TORCH_CHECK_VALUE(running.dim() == 1 && running.size(0) <= statistics.size(2) && running.is_contiguous(),
-                        "update_running: a running average must be contiguous and no wider than the statistics");
+      TORCH_CHECK_VALUE(running.dim() == 1 && running.size(0) <= statistics.size(2) && (running.stride(0) > 0 || running.size(0) < 2),
+                        "update_running: a running average must have memory of its own for each column and be no wider than "
+                        "the statistics");
       auto* values = running.data_ptr<float>();
       const float* own = batch + row * statistics.size(2);
-      for (int64_t c = 0; c < running.size(0); ++c) values[c] = rest * values[c] + weight * own[c];
+      const int64_t stride = running.stride(0);
+      for (int64_t c = 0; c < running.size(0); ++c) values[c * stride] = rest * values[c * stride] + weight * own[c];
       // As a kernel of torch's would: who remembers the version sees that the tensor was written.
       if (!running.is_inference()) running.unsafeGetTensorImpl()->bump_version();
     }

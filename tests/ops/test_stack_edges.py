@@ -3,6 +3,7 @@ somebody's view or take no part."""
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -57,3 +58,17 @@ def test_a_constant_column_of_large_numbers_has_no_negative_variance(rows: int) 
     stack(x)
     assert bool(norms(stack)[0].running_var[0].isnan())
     assert not bool(norms(stack)[0].running_var[1:].isnan().any())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_running_averages_that_are_strided_views(kind: str) -> None:
+    stack = make(kind)
+    twin = copy.deepcopy(stack)
+    for norm in norms(stack):
+        width = norm.num_features
+        norm.running_mean, norm.running_var = torch.zeros(2 * width)[::2], torch.ones(width, 3)[:, 1]
+    for _ in range(2):
+        x = torch.randn(9, 20)
+        torch.testing.assert_close(stack(x), twin(x))
+    for a, b in zip(stack.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
