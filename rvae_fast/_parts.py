@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rvae_fast.nn import PlainStack, ResidualStack, Transition, alike, values
+from rvae_fast.nn import PlainStack, ResidualStack, Transition, alike, averages, values
 from rvae_fast.ops.plain_stack import Lists, Options, products_dtype
 from rvae_fast.ops.residual_stack import all_or_none, choose
 
@@ -86,7 +86,8 @@ def _residual(stack: ResidualStack, rows: Tensor) -> Part | None:
     norms: list[Any] = [norm for block in blocks for norm in block.norms]
     linears: list[Any] = [linear for block in blocks for linear in block.linears]
     lists = [all_or_none(values(linears, name)) for name in ("weight", "bias")]
-    lists += [all_or_none(values(norms, name)) for name in ("weight", "bias", "running_mean", "running_var")]
+    lists += [all_or_none(values(norms, name)) for name in ("weight", "bias")]
+    lists += [all_or_none(averages(norms, name)) for name in ("running_mean", "running_var")]
     batch_stats = [norm.training or norm.running_mean is None for norm in norms]
     name, dtype = choose(rows, lists, batch_stats, first.dropout if first.training else 0.0)
     if name != "native" or not all(batch_stats):

@@ -69,6 +69,12 @@ def values(modules: Sequence[nn.Module], name: str) -> list[Any]:
     return [getattr(module, name) for module in modules]
 
 
+def averages(norms: Sequence[nn.BatchNorm1d], name: str) -> list[Any]:
+    """A running average of each norm; None where it takes no part, with ``track_running_stats`` off while training."""
+    unused = [norm.training and not norm.track_running_stats for norm in norms]
+    return [None if u else value for u, value in zip(unused, values(norms, name), strict=True)]
+
+
 def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
     """Run units that differ in nothing but their parameters and state, as one op."""
     first = blocks[0]
@@ -78,7 +84,8 @@ def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
     return residual_stack(
         input,
         *(values(linears, name) for name in ("weight", "bias")),
-        *(values(norms, name) for name in ("weight", "bias", "running_mean", "running_var")),
+        *(values(norms, name) for name in ("weight", "bias")),
+        *(averages(norms, name) for name in ("running_mean", "running_var")),
         layers=first.layers,
         order=first.order,
         activation=first.activation,
@@ -275,8 +282,8 @@ class PlainStack(nn.Sequential):
             return None
         linears, norms, activation = modules[0::3], modules[1::3], modules[2]
         batch_stats = [norm.training or norm.running_mean is None for norm in norms]
-        lists = [values(linears, name) for name in ("weight", "bias")]
-        lists += [values(norms, name) for name in ("weight", "bias", "running_mean", "running_var")]
+        lists = [values(part, name) for part in (linears, norms) for name in ("weight", "bias")]
+        lists += [averages(norms, name) for name in ("running_mean", "running_var")]
         # A list is whole or empty; one with gaps is the modules' to run.
         if any((tensor is None) != (tensors[0] is None) for tensors in lists for tensor in tensors):
             return None

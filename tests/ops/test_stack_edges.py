@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rvae_fast import ResidualStack
+from rvae_fast import ResidualStack, _backend
 from rvae_fast._activations import Activation
 from rvae_fast.nn import PlainStack
 
@@ -72,3 +72,26 @@ def test_running_averages_that_are_strided_views(kind: str) -> None:
         torch.testing.assert_close(stack(x), twin(x))
     for a, b in zip(stack.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_track_running_stats_switched_off(kind: str, some: bool) -> None:
+    """As in nn.BatchNorm1d: its averages then stay as they are while training, and are used behind it."""
+    stack = make(kind)
+    stack(torch.randn(9, 20))
+    for norm in norms(stack)[1 if some else 0 :]:
+        norm.track_running_stats = False
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms(stack)]
+    counts = [int(norm.num_batches_tracked) for norm in norms(stack)]
+    stack(3 + 2 * torch.randn(9, 20))
+    for i, norm in enumerate(norms(stack)):
+        moves = some and i == 0
+        assert int(norm.num_batches_tracked) == counts[i] + moves
+        assert torch.equal(norm.running_mean, before[i][0]) != moves
+        assert torch.equal(norm.running_var, before[i][1]) != moves
+    stack.eval()
+    x = torch.randn(9, 20)
+    out = stack(x)
+    with _backend.backend("reference"):
+        torch.testing.assert_close(out, stack(x), atol=1e-5, rtol=1e-4)
