@@ -178,14 +178,17 @@ def test_a_forked_child_scores_after_its_parent_did() -> None:
 import os, signal, torch
 from rvae_fast import RVAE, freeze
 torch.set_num_threads(2)
-scorer, x = freeze(RVAE(33, 5, n_layers=5).eval()), torch.randn(500, 33)
-before = scorer(x)
+scorer, x = freeze(RVAE(33, 5, n_layers=5).eval()), torch.randn(5000, 33)
+kinds = x, x.double(), x.bfloat16(), torch.randn(5000, 66)[:, ::2], x.t().double().t().contiguous(), x[:0].double()
+before = [scorer(rows) for rows in kinds]
 child = os.fork()
 if child == 0:
     signal.alarm(60)
-    os._exit(0 if torch.equal(scorer(x), before) else 1)
+    same = all(torch.equal(scorer(rows), scores) for rows, scores in zip(kinds, before))
+    same = same and torch.equal(scorer.pathway(kinds[1]).error, before[0])
+    os._exit(0 if same else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(scorer(x), before)
+assert torch.equal(scorer(x), before[0])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

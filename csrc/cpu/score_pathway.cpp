@@ -67,7 +67,7 @@ std::vector<at::Tensor> score_pathway(const at::Tensor& x, const at::Tensor& pro
   const Differences differences{include_input ? n.in_features : 0, columns};
   const int64_t width = differences.input + columns;
 
-  const at::Tensor rows = x.to(at::kFloat).contiguous();
+  const at::Tensor rows = fp32_rows(x);
   const int64_t count = rows.size(0);
   const at::Tensor error = at::empty({count}, rows.options()), sap = at::empty({count}, rows.options().dtype(at::kDouble)),
                    code = at::empty({want_latent ? count : 0, latent}, rows.options()),

@@ -1,5 +1,9 @@
 #include "cpu/score_tile.h"
 
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
 namespace rvae::cpu::stack {
 
 namespace {
@@ -31,6 +35,23 @@ std::atomic<bool> forked{false};
 
 bool is_forked() {
   return forked;
+}
+
+at::Tensor fp32_rows(const at::Tensor& x) {
+  if (!is_forked()) return x.to(at::kFloat).contiguous();
+  if (x.scalar_type() == at::kFloat && x.is_contiguous()) return x;
+  constexpr int64_t kPiece = 16384;  // values; PyTorch's copies start threads above 32768
+  at::Tensor rows = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  const int64_t columns = std::min(x.size(1), kPiece), count = kPiece / std::max<int64_t>(1, columns);
+  for (int64_t r = 0; r < x.size(0); r += count) {
+    for (int64_t c = 0; c < x.size(1); c += columns) {
+      const auto piece = [&](const at::Tensor& t) {
+        return t.narrow(0, r, std::min(count, x.size(0) - r)).narrow(1, c, std::min(columns, x.size(1) - c));
+      };
+      piece(rows).copy_(piece(x));
+    }
+  }
+  return rows;
 }
 
 void score_product(Kind kind, int64_t rows, int64_t reduced, const void* operand, int64_t ld, const uint32_t* panel, float* strip) {

@@ -60,6 +60,9 @@ void for_chunks(const Partition& part, F f) {
   for (int64_t chunk = 0; chunk < part.chunks; ++chunk) f(chunk);
 }
 
+// The rows as fp32, contiguous. A forked child converts them in pieces that PyTorch does not divide among threads.
+at::Tensor fp32_rows(const at::Tensor& x);
+
 struct Outputs {
   float *error, *kld, *latent, *reconstruction, *feature_error;  // nullptr where not asked for; `error` always
 };

@@ -26,7 +26,7 @@ std::vector<at::Tensor> score(const at::Tensor& x, const at::Tensor& program, co
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == n.in_features, "score: x must have shape [batch, ", n.in_features, "], got ",
                     x.sizes());
 
-  const at::Tensor rows = x.to(at::kFloat).contiguous();
+  const at::Tensor rows = fp32_rows(x);
   const int64_t count = rows.size(0);
   const auto make = [&](bool wanted, int64_t columns) { return at::empty({wanted ? count : 0, columns}, rows.options()); };
   const at::Tensor error = at::empty({count}, rows.options()), kld = at::empty({want_kld ? count : 0}, rows.options());
