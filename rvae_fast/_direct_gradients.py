@@ -121,7 +121,7 @@ class DirectGradients:
         self._places = places
         sizes = [[p.numel() for tensors in part.lists[:4] for p in tensors] for part in parts]
         padded = [sum(own) + -sum(own) % ALIGNMENT for own in sizes]
-        self._flat = torch.zeros(sum(padded))
+        self._flat = torch.zeros(sum(padded), dtype=torch.float32)
         wholes = self._flat.split(padded)
         pieces = chain(*(whole[: sum(own)].split(own) for whole, own in zip(wholes, sizes, strict=True)))
         self._views = [piece.view(p.shape) for piece, p in zip(pieces, places, strict=True)]

@@ -40,7 +40,7 @@ class Optimizer:
         self._exp_avg = [torch.zeros_like(p) for p in self.parameters]
         self._exp_avg_sq = [torch.zeros_like(p) for p in self.parameters]
         # One tensor, so that counting is one kernel; the fused kernels read each parameter's count through its view.
-        self._steps = torch.zeros(len(self.parameters), device=device)
+        self._steps = torch.zeros(len(self.parameters), dtype=torch.float32, device=device)
         self._step = list(self._steps.unbind())
         self.fused = device.type in _FUSED and config.optimizer != "radam"
         self._kernel = torch._fused_adamw_ if config.optimizer == "adamw" else torch._fused_adam_

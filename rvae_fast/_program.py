@@ -133,7 +133,11 @@ def write(steps: list[_Step], bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
         flags = (step.add, step.first, step.store, step.last, step.is_code)
         offsets = (put(step.bias), put(step.scale), put(step.shift))
         rows.append([reads, step.width, weight, *offsets, *(int(flag) for flag in flags)])
-    return torch.tensor(rows), _pack_op(weights, bf16), torch.cat(vectors) if vectors else torch.zeros(0)
+    return (
+        torch.tensor(rows),
+        _pack_op(weights, bf16),
+        torch.cat(vectors) if vectors else torch.zeros(0, dtype=torch.float32),
+    )
 
 
 def _packed_words(weight: Tensor, bf16: bool) -> int:

@@ -59,7 +59,8 @@ class Stepper:
         self.order = torch.empty(0, dtype=torch.int64)
         #: True while an update is half made; if a run is broken off there, its state must not be saved.
         self.torn = False
-        self._blocked = torch.zeros((), device=rows.device)
+        # fp32 whatever torch's default dtype: the kernels take no other.
+        self._blocked = torch.zeros((), dtype=torch.float32, device=rows.device)
         self._pending: list[tuple[int, Group, Tensor]] = []
         self._graph, self._graph_sizes = graph, list(graph_sizes)
         self._inputs: list[Tensor] = []
@@ -68,7 +69,7 @@ class Stepper:
         self._learning_rate: Tensor | None = None
         self._kld_weight: Tensor | None = None
         if graph is not None or (rows.device.type == "cuda" and rows.dtype != torch.float64):
-            self._learning_rate, self._kld_weight = torch.zeros(2, device=rows.device).unbind()
+            self._learning_rate, self._kld_weight = torch.zeros(2, dtype=torch.float32, device=rows.device).unbind()
 
     def step(self, step: int, group: Group) -> None:
         """Optimiser step ``step`` (from 0) on batches ``group`` of :attr:`order`.

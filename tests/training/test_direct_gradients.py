@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from rvae_fast import _backend, _stepper
 from rvae_fast._direct_gradients import DirectGradients
 from rvae_fast._precision import autocast
-from rvae_fast.models import Autoencoder
+from rvae_fast.models import RVAE, Autoencoder
 from rvae_fast.ops import residual_stack
 from rvae_fast.training import TrainingConfig, train
 
@@ -188,3 +189,20 @@ def test_what_autograd_has_to_do(why: str, model: Any, table: Any) -> None:
         if handle is not None:
             handle.remove()
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.fixture
+def double_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("double_by_default")
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "radam"])
+def test_an_fp32_model_where_fp64_is_the_default(optimizer: str) -> None:
+    model = RVAE(10, 3, n_layers=5).float()
+    history = train(model, torch.randn(40, 10, dtype=torch.float32), TrainingConfig(**OPTIONS, optimizer=optimizer))
+    assert len(history.epochs) == OPTIONS["epochs"]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
