@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rvae_fast._paths import replaceable
+from rvae_fast._precision import resolve_device
 from rvae_fast._version import __version__
 from rvae_fast.models import MODELS, Autoencoder
 
@@ -90,16 +91,19 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
     Raises
     ------
     FileNotFoundError
+    ValueError
+        When ``device`` is no device, or not there.
     FileFormatError
         A ValueError that says what is wrong: damaged, truncated, foreign, written in a newer format, an unknown class,
         or tensors that do not fit the class.
     """
+    place = torch.device("cpu") if device is None else resolve_device(device)
     path = Path(path)
     document, tensors = _read(path)
     kind, name = document.get("kind"), document.get("class")
     try:
         if kind == "model" and name in MODELS:
-            return _restore_model(path, name, document["config"], tensors).to(device or "cpu")
+            return _restore_model(path, name, document["config"], tensors).to(place)
         if kind == "detector":
             from rvae_fast.detector import DETECTORS
 

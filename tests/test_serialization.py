@@ -252,3 +252,11 @@ def test_nothing_in_a_file_can_run(path: Path) -> None:
         load(path)
     source = Path(serialization.__file__).read_text(encoding="utf-8")
     assert not [call for call in ("import pickle", "torch.load", " eval(", " exec(", "import_module") if call in source]
+
+
+def test_a_device_that_is_not_there_is_an_error_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save(RVAE(4, latent_features=2, n_layers=2), path)
+    with pytest.raises(ValueError, match=r"device must be 'auto' or a torch device such as .*, got 'foo'"):
+        load(path, device="foo")
+    assert load(path, device="auto").in_features == 4

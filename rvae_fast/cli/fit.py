@@ -153,7 +153,7 @@ def fit(
     **Exit status**: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     from rvae_fast.cli.defaults import starting_parameters
-    from rvae_fast.cli.run import split_names
+    from rvae_fast.cli.run import split_names, told_of_file
     from rvae_fast.cli.source import binary_labels, frame, open_source, parse_shape
 
     shape = parse_shape(image_shape)
@@ -219,7 +219,8 @@ def fit(
                 checkpoint.unlink(missing_ok=True)  # it exists only with --force
         started = time.perf_counter()
         detector = detector_class(**given, random_state=seed, resume=resume, verbose=0 if quiet else 1)
-        detector.fit(frame(X, names))
+        with told_of_file(source.name, "--missing mean or --missing median fills NaN"):
+            detector.fit(frame(X, names))
         seconds = time.perf_counter() - started
         if names is not None and not hasattr(detector, "feature_names_in_"):
             import numpy as np

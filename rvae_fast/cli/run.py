@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from rvae_fast.cli.common import fail
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -93,6 +94,18 @@ def progress(quiet: bool) -> Any:
     )
 
 
+@contextlib.contextmanager
+def told_of_file(name: str, missing: str) -> Iterator[None]:
+    """Put the file into the detectors' message about NaN, and in place of their parameter what a command has."""
+    try:
+        yield
+    except ValueError as error:
+        told, parameter = str(error), "missing='mean' or missing='median' fills NaN from the training table"
+        if not told.startswith("Input X contains "):
+            raise
+        raise ValueError(told.replace("Input X", name, 1).replace(parameter, missing)) from error
+
+
 def score_named(detector: Any, X: Any) -> NDArray[np.float64]:
     """Score rows whose columns are the detector's, in its order; higher is more anomalous."""
     from rvae_fast.cli.source import frame
@@ -130,7 +143,8 @@ def run_scoring(
     with progress(quiet) as bar:
         task = bar.add_task("scoring", total=source.count())
         for chunk in source.chunks(chunk_rows):
-            part = score_named(detector, chunk.X)
+            with told_of_file(source.name, "a model fitted with --missing mean or --missing median fills NaN"):
+                part = score_named(detector, chunk.X)
             ids = chunk.row_ids()
             scores.append(part)
             if chunk.labels is not None:

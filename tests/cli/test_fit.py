@@ -231,7 +231,8 @@ def test_wrong_options(
         ("", "empty"),
         ("a,b\n1,2\n3,red\n", "'b' (first 'red', line 3)"),
         ("a,b\n1,2\n3,4,5\n", "line 3 has 3 values, expected 2"),
-        ("a,b\n1,2\n3,\n5,6\n", "1 NaN"),
+        ("a,b\n1,2\n3,\n5,6\n", "t.csv contains 1 NaN and 0 infinite values"),
+        ("a,b\n1,2\n3,\n5,6\n", "in column 'b' (1 NaN); --missing mean or --missing median fills NaN"),
         ("a,b\n1,2\n3,inf\n5,6\n", "1 infinite"),
     ],
 )

@@ -236,8 +236,9 @@ def test_other_wrong_input(model: Path, table: Path, tmp_path: Path, run: Run) -
     assert "'pressure' is not a column" in run("score", model, missing, code=1).stderr
     holes = write_csv(tmp_path / "holes.csv", np.where(X[2, 1] == X, np.nan, X))
     error = run("score", model, holes, code=1).stderr
-    assert "NaN" in error
+    assert "holes.csv contains 1 NaN" in error
     assert "flow" in error
+    assert "a model fitted with --missing mean or --missing median fills NaN" in error
     assert "no such file" in run("score", model, tmp_path / "nowhere.csv", code=1).stderr
     assert "did you mean 'digits'" in run("score", model, "digit", code=1).stderr
     assert "nowhere" in run("score", tmp_path / "nowhere.safetensors", table, code=1).stderr
