@@ -249,7 +249,7 @@ def test_missing_values_are_filled_when_asked(tmp_path: Path, run: Callable[...,
     X, _ = make_rows(30, 0)
     X[3, 1] = np.nan
     path = write_csv(tmp_path / "t.csv", X, ids=False)
-    assert "missing=" in run("fit", path, "-o", tmp_path / "m", *QUICK, code=1).stderr
+    assert "--missing mean or --missing median" in run("fit", path, "-o", tmp_path / "m", *QUICK, code=1).stderr
     run("fit", path, "-o", tmp_path / "m", *QUICK, "--missing", "median")
     scores = run("score", tmp_path / "m", path, "-q").stdout.splitlines()
     assert len(scores) == 31
