@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 # Every transition interrupts the identity path, so depth beyond a few stages goes into more units a stage instead.
 MAX_STAGES = 4
@@ -35,6 +36,18 @@ def positive_int(name: str, value: object, minimum: int = 1) -> int:
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
     return number
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise a ValueError that names the argument unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_number(name: str, value: object, which: str) -> None:
+    """Raise a TypeError that names the argument unless ``value`` is a number; ``which`` says of what range."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number {which}, got {value!r}")
 
 
 def _positive_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:

@@ -20,6 +20,9 @@ FEW = 4096
 #: Rows that the directions are taken of, at most.
 SAMPLE = 4096
 
+#: Candidates of one row are less than one in so many of the rows: beyond, all are compared.
+MOST = 8
+
 #: Rows that are searched for at a time: their bounds and candidates are some 10 MB each.
 TILE = 64
 
@@ -60,7 +63,7 @@ class Neighbours:
         nearest : Tensor [n, count] int64
             Which rows they are to.
         """
-        if self.axes is None:
+        if self.axes is None or 2 * count >= len(self.rows) // MOST:
             return self._in_full(h, count)
         distances, nearest = zip(*(self._by_bounds(tile, self.axes, count) for tile in h.split(TILE)), strict=True)
         return torch.cat(distances), torch.cat(nearest)
@@ -74,7 +77,7 @@ class Neighbours:
         while not bool(sure.all()):
             candidates *= 4
             left = torch.nonzero(~sure)[:, 0]
-            if candidates >= len(self.rows) // 8:
+            if candidates >= len(self.rows) // MOST:
                 distances[left], nearest[left] = self._in_full(h[left], count)
                 break
             distances[left], nearest[left], sure[left] = self._look(

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rvae_fast.nn import PlainStack, ResidualStack, Transition, alike, averages, values
+from rvae_fast._norms import averages, values
+from rvae_fast.nn import PlainStack, ResidualStack, Transition, alike
 from rvae_fast.ops.plain_stack import Lists, Options, products_dtype
 from rvae_fast.ops.residual_stack import all_or_none, choose
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from rvae_fast import reference
 from rvae_fast._activations import check_activation
-from rvae_fast._architecture import MAX_STAGES, plain_widths, positive_int, residual_stages
+from rvae_fast._architecture import MAX_STAGES, check_number, one_of, plain_widths, positive_int, residual_stages
 from rvae_fast._networks import plain_net, residual_net
 from rvae_fast.nn import ORDERS, Transition, check_rows
 from rvae_fast.ops import posterior
@@ -57,11 +56,6 @@ def in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 class Autoencoder(nn.Module):
@@ -139,9 +133,9 @@ class Autoencoder(nn.Module):
         self.latent_features = positive_int("latent_features", latent_features)
         stages = positive_int("stages", stages)
         check_activation(activation, negative_slope)
-        _one_of("order", order, ORDERS)
-        _one_of("likelihood", likelihood, LIKELIHOODS)
-        _one_of("init", init, INITS)
+        one_of("order", order, ORDERS)
+        one_of("likelihood", likelihood, LIKELIHOODS)
+        one_of("init", init, INITS)
         low, high = logvar_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"logvar_range must be two finite numbers, the lower first, got {logvar_range!r}")
@@ -151,9 +145,7 @@ class Autoencoder(nn.Module):
             )
         if not self.is_residual and dropout:
             raise ValueError(f"dropout is for residual models: {type(self).__name__} expects 0.0, got {dropout!r}")
-        share: Any = dropout  # to mypy no float is a Real
-        if isinstance(share, bool) or not isinstance(share, Real):
-            raise TypeError(f"dropout must be a number in [0, 1), got {dropout!r}")
+        check_number("dropout", dropout, "in [0, 1)")
         self.likelihood = likelihood
         self._config: dict[str, Any] = {
             "in_features": self.in_features,

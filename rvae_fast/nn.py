@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rvae_fast._activations import Activation, check_activation
 from rvae_fast._architecture import positive_int
+from rvae_fast._norms import advance, averages, values
 from rvae_fast.ops.plain_stack import Lists, Options, plain_stack, products_dtype
 from rvae_fast.ops.residual_stack import residual_stack
 
@@ -32,55 +33,12 @@ def check_rows(name: str, x: Any, features: int) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
 
 
-def _advance(norms: Sequence[nn.BatchNorm1d]) -> tuple[list[bool], list[float]]:
-    """Count the batch and say how each norm is to run: (by batch statistics?, weight of the batch in the averages).
-
-    The rules are ``nn.BatchNorm1d.forward``'s, each norm by its own training flag, so that freezing some norms with
-    ``norm.eval()`` works as it does there.
-    """
-    momentum = [0.0 if norm.momentum is None else norm.momentum for norm in norms]
-    counts = values(norms, "num_batches_tracked")
-    moving = [
-        norm.training and norm.track_running_stats and count is not None
-        for norm, count in zip(norms, counts, strict=True)
-    ]
-    if any(moving):
-        cumulative = any(norm.momentum is None for norm in norms)
-        if all(moving) and not cumulative and len(set(map(id, counts))) == len(counts):
-            torch._foreach_add_(counts, 1)  # on a GPU one launch, not one a norm
-        else:
-            for i, norm in enumerate(norms):  # a norm that is there twice counts twice
-                if moving[i]:
-                    counts[i].add_(1)
-                    if norm.momentum is None:
-                        momentum[i] = 1.0 / float(counts[i])
-    means = values(norms, "running_mean")
-    return [norm.training or mean is None for norm, mean in zip(norms, means, strict=True)], momentum
-
-
-def values(modules: Sequence[nn.Module], name: str) -> list[Any]:
-    """The parameter or buffer of each module, past ``nn.Module.__getattr__``, whose toll deep stacks would notice."""
-    if not torch.compiler.is_compiling():
-        try:
-            kind = "_parameters" if name in ("weight", "bias") else "_buffers"
-            return [module.__dict__[kind][name] for module in modules]
-        except KeyError:  # parametrised, pruned
-            pass
-    return [getattr(module, name) for module in modules]
-
-
-def averages(norms: Sequence[nn.BatchNorm1d], name: str) -> list[Any]:
-    """A running average of each norm; None where it takes no part, with ``track_running_stats`` off while training."""
-    unused = [norm.training and not norm.track_running_stats for norm in norms]
-    return [None if u else value for u, value in zip(unused, values(norms, name), strict=True)]
-
-
 def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
     """Run units that differ in nothing but their parameters and state, as one op."""
     first = blocks[0]
     norms: list[Any] = [norm for block in blocks for norm in block.norms]
     linears: list[Any] = [linear for block in blocks for linear in block.linears]
-    batch_stats, momentum = _advance(norms)
+    batch_stats, momentum = advance(norms)
     return residual_stack(
         input,
         *(values(linears, name) for name in ("weight", "bias")),
@@ -297,7 +255,7 @@ class PlainStack(nn.Sequential):
     @staticmethod
     def advance(call: PlainCall) -> list[float]:
         """Count the batch in the norms; the weight of the batch in each running average."""
-        return _advance(call.norms)[1]
+        return advance(call.norms)[1]
 
 
 class PlainCall(NamedTuple):

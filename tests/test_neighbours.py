@@ -72,6 +72,17 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
     assert torch.equal(distances[kept], expected[0][kept])
 
 
+@pytest.mark.parametrize("count", [300, 2500, FEW])
+def test_as_many_neighbours_as_asked_for(count: int) -> None:
+    x = rows("few directions", FEW, 0)
+    search, middle = searched(x)
+    assert search.axes is not None
+    distances, nearest = search(x[:5] - middle, count)
+    expected = torch.cdist(x[:5].double(), x.double()).topk(count, largest=False).values
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=1e-4)
+    assert nearest.shape == (5, count)
+
+
 @pytest.mark.parametrize(("n", "width"), [(FEW - 1, WIDTH), (FEW, 2 * HEAD - 1), (COUNT, 3)])
 def test_few_or_narrow_rows_are_compared_in_full(n: int, width: int) -> None:
     x = torch.randn(n, width, generator=torch.Generator().manual_seed(0))

@@ -165,7 +165,7 @@ def _layout(path: Path, options: CsvOptions) -> _Layout:
         raise TableError(f"{path}: the file is empty")
     if "\0" in text:
         raise TableError(f"{path}: not a text file (it holds zero bytes); expected CSV")
-    delimiter = options.delimiter or _find_delimiter(text)
+    delimiter = options.delimiter or _find_delimiter(text, options.decimal)
     first, n_lines = _first_record(text, delimiter)
     header = not all(_is_number(cell, options.decimal) for cell in first) if options.header is None else options.header
     names = tuple(_name(cell, index) for index, cell in enumerate(first)) if header else numbered_names(len(first))
@@ -181,9 +181,9 @@ def _find_encoding(head: bytes) -> str:
     return "utf-8-sig" if head.startswith(b"\xef\xbb\xbf") else "utf-8"
 
 
-def _find_delimiter(text: str) -> str:
+def _find_delimiter(text: str, decimal: str) -> str:
     line = next(line for line in text.splitlines() if line.strip())
-    counts = {delimiter: line.count(delimiter) for delimiter in DELIMITERS}
+    counts = {delimiter: line.count(delimiter) for delimiter in DELIMITERS if delimiter != decimal}
     best = max(counts, key=lambda delimiter: counts[delimiter])
     return best if counts[best] else ","
 
