@@ -37,7 +37,7 @@ def preset(name: str) -> dict[str, Any]:
         ``"image"`` is the article's network and its 200 epochs (10 layers a side, bottleneck 20, batches of 256);
         the measurements behind the choice are in ``docs/notes/defaults.md``. ``"image-hyperplane"`` is that network
         after 12 epochs, scored by :mod:`rvae_fast.hyperplane`: mean AUROC .936 over MNIST's ten digits, where the
-        error has .847 (``docs/results/README.md``), for a saved detector five times as large and .7 ms of a core a
+        error has .847 (``docs/results/README.md``), for a saved detector five times as large and .9 ms of a core a
         row.
 
     Returns
