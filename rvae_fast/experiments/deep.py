@@ -12,9 +12,12 @@ from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.plots import plot_means
 from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary
 
-SCORES = ("reconstruction",)
+SCORES = ("reconstruction", "sap", "hyperplane")
 METRIC = "auroc_reconstruction"
 N_LAYERS = 80
+
+#: What RVAE's mean AUROC over the two digits is to reach, by the article's score and by the library's best.
+BOUND = 0.75
 
 #: The article trains for 200 epochs, RVAE in effective batches of 4000 (``--variant large-batch``). By the library's
 #: rate for the depth and batches of 256, eight ended at a loss of 27.75 (digit 9 novel, docs/notes/defaults.md).
@@ -57,8 +60,11 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
             )
         )  # fmt: skip
         if data == "mnist" and not settings.quick:
-            aurocs = list(paired(own["RVAE pre"], METRIC).values())
-            found.claims.append(at_least("mnist: RVAE's AUROC reaches .75", aurocs, 0.75, "AUROC of RVAE"))
+            for score, how in (("reconstruction", "the error"), ("hyperplane", "the hyperplane score")):
+                aurocs = list(paired(own["RVAE pre"], f"auroc_{score}").values())
+                found.claims.append(
+                    at_least(f"mnist: RVAE's AUROC by {how} reaches {BOUND}", aurocs, BOUND, "AUROC of RVAE")
+                )
         theirs = article.DEEP if data == "mnist" else {}
         for metric, name, title in (("train_loss", "train_loss", "Train loss"), (METRIC, "auroc", "AUROC")):
             found.pictures.append(
@@ -71,7 +77,9 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
                 )
             )  # fmt: skip
     found.tables["By novel class"] = summary(
-        rows, ("train_loss", METRIC, "norm_ratio", "loss_ratio"), ("data", "novel", "series")
+        rows,
+        ("train_loss", *(f"auroc_{score}" for score in SCORES), "norm_ratio", "loss_ratio"),
+        ("data", "novel", "series"),
     )
     return found
 

@@ -121,13 +121,14 @@ def test_deep(good: bool, folder: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [
         row(model=model, order=order, novel=novel, seed=seed, n_layers=80, norm_ratio=1.0, loss_ratio=1.0,
-            train_loss=loss, auroc_reconstruction=auroc + 0.01 * rng.normal())
+            train_loss=loss, auroc_reconstruction=auroc + 0.01 * rng.normal(), auroc_sap=auroc,
+            auroc_hyperplane=auroc - 0.04)
         for novel in "01" for seed in range(3)
         for model, order, loss, auroc in (("RVAE", "pre", 28.0 if good else 40.0, 0.8 if good else 0.6),
                                           ("VAE", "", 48.0, 0.62))
     ]  # fmt: skip
     claims = found("deep", rows, folder)
-    assert [claim.held for claim in claims.values()] == [good] * 3
+    assert [claim.held for claim in claims.values()] == [good] * 4
 
 
 @pytest.mark.parametrize("good", [True, False])
