@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rvae_fast.detector import RAEDetector as RAEDetector
     from rvae_fast.detector import RVAEDetector as RVAEDetector
     from rvae_fast.detector import VAEDetector as VAEDetector
+    from rvae_fast.ensemble import EnsembleDetector as EnsembleDetector
     from rvae_fast.models import AE as AE
     from rvae_fast.models import RAE as RAE
     from rvae_fast.models import RVAE as RVAE
@@ -56,6 +57,7 @@ _PUBLIC = {
     "RAEDetector": "detector",
     "VAEDetector": "detector",
     "RVAEDetector": "detector",
+    "EnsembleDetector": "ensemble",
     "ResidualBlock": "nn",
     "ResidualStack": "nn",
     "Transition": "nn",

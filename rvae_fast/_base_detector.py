@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, OutlierMixin, TransformerMixin
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from rvae_fast import _detector_options as options
 from rvae_fast._precision import resolve_device
+from rvae_fast._thresholded import Thresholded
 from rvae_fast._validation import check_choice, check_finite, check_table, check_unit_range, name_columns
 from rvae_fast.hyperplane import fit_hyperplane, hyperplane_parts
 from rvae_fast.local import fit_local, local_parts
@@ -28,7 +28,7 @@ from rvae_fast.scoring import network_rows, score_parts
 from rvae_fast.training import train
 
 
-class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]
+class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Thresholded):  # type: ignore[misc]
     """Common base of the detectors; make an :class:`~rvae_fast.RVAEDetector` or one of its siblings."""
 
     _model_class: ClassVar[type[Autoencoder]]
@@ -74,6 +74,11 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         rvae_fast.training.NonFiniteError
             When the loss or a gradient becomes NaN or infinite.
         """
+        self._learn(X)
+        return self
+
+    def _learn(self, X: Any) -> NDArray[np.float64]:
+        """What ``fit`` does; returns the training rows' anomaly scores."""
         for name in ("offset_", "nap_", "local_", "hyperplane_"):  # not fitted until the end, whatever was before
             self.__dict__.pop(name, None)
         options.check(self)
@@ -95,7 +100,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
                 f"constant {name_columns(self.scaler_.constant, names)}: nothing to learn there; any other value will "
                 "count as an error in its own units",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         self.model_ = model.eval()
         with scaled_table(table, self._scaled_parts(table)) as rows:
@@ -118,7 +123,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
             )
         self._scored_by = options.scored_by(self)
         self.offset_ = float(np.percentile(scores, 100.0 * self.contamination))
-        return self
+        return -scores
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score rows, higher being more normal: minus the reconstruction error (or what ``anomaly_score`` says).
@@ -141,31 +146,6 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
         """
         table = self._check(X)
         return -np.concatenate(list(self._scores(self._scaled_parts(table))))
-
-    def score_chunks(self, parts: Iterable[Any]) -> Iterator[NDArray[np.float64]]:
-        """Score an iterable of tables chunk by chunk, for data that never are in memory together.
-
-        Parameters
-        ----------
-        parts : iterable of array-like, DataFrame or Tensor [n, n_features]
-
-        Yields
-        ------
-        ndarray [n] float64
-            :meth:`score_samples` of each chunk, in order.
-        """
-        check_is_fitted(self)
-        for part in parts:
-            yield self.score_samples(part)
-
-    def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """``score_samples(X) - offset_`` ``[n_rows]``: below 0 is an anomaly."""
-        self._check_threshold()
-        return self.score_samples(X) - self.offset_
-
-    def predict(self, X: Any) -> NDArray[np.int64]:
-        """+1 for a normal row, -1 for an anomaly ``[n_rows]``."""
-        return np.where(self.decision_function(X) < 0, -1, 1)
 
     def transform(self, X: Any) -> NDArray[Any]:
         """The code of each row ``[n_rows, latent_features]`` (for a VAE its mean), fp32 for fp32 input, else fp64."""
@@ -211,18 +191,6 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
             start += len(seen)
         errors[np.isnan(errors)] = np.inf
         return errors
-
-    @property
-    def threshold_(self) -> float:
-        """Anomaly score (``-score_samples``) above which a row is an anomaly: ``-offset_``."""
-        self._check_threshold()
-        return -self.offset_
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted detector as one file; see :func:`rvae_fast.save`."""
-        from rvae_fast.serialization import save
-
-        save(self, path)
 
     # --- private ---
 
@@ -281,9 +249,6 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMix
     def _network(self, table: NDArray[Any], result: str) -> NDArray[np.float64]:
         options = self._network_options()
         return np.concatenate([network_rows(self.model_, p, result, **options) for p in self._scaled_parts(table)])
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "offset_")
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

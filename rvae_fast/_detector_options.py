@@ -101,7 +101,7 @@ def warn_of_few_rows(rank: int, n_rows: int, ridge: float) -> None:
             f"many of which the threshold will flag. Give it {10 * rank} rows, or nap_ridge=1.0, or take another "
             "anomaly_score",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

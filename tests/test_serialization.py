@@ -107,7 +107,7 @@ def test_device_can_be_chosen_while_loading(table: np.ndarray, path: Path) -> No
 def test_saving_what_cannot_be_saved(table: np.ndarray, path: Path) -> None:
     with pytest.raises(NotFittedError):
         save(RVAEDetector(), path)
-    with pytest.raises(TypeError, match="save takes an AE, RAE, VAE, RVAE or one of their detectors, got Linear"):
+    with pytest.raises(TypeError, match="one of their detectors or an EnsembleDetector, got Linear"):
         save(torch.nn.Linear(2, 2), path)  # type: ignore[arg-type]
 
     class Mine(RVAE):

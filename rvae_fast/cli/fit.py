@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +21,16 @@ from rvae_fast.cli.common import (
     usage_error,
 )
 from rvae_fast.cli.csv_options import DecimalOption, DelimiterOption, EncodingOption, HeaderOption, csv_options
-from rvae_fast.cli.fit_options import MODEL, PARAMETERS, TRAINING, as_parameters
+from rvae_fast.cli.fit_options import (
+    MODEL,
+    PARAMETERS,
+    TRAINING,
+    Kind,
+    Missing,
+    Preset,
+    Scaling,
+    as_parameters,
+)
 from rvae_fast.cli.score import QuietOption, ReportOption, ShapeOption
 from rvae_fast.cli.source import (
     AnomalyOption,
@@ -40,39 +48,6 @@ if TYPE_CHECKING:
     from rvae_fast.datasets import Table
 
 __all__ = ["fit"]
-
-
-class Kind(str, Enum):
-    """The four networks."""
-
-    rvae = "rvae"
-    vae = "vae"
-    rae = "rae"
-    ae = "ae"
-
-
-class Preset(str, Enum):
-    """Kinds of data."""
-
-    table = "table"
-    image = "image"
-    image_hyperplane = "image-hyperplane"
-
-
-class Scaling(str, Enum):
-    """Scalers; ``none`` leaves the columns alone."""
-
-    standard = "standard"
-    minmax = "minmax"
-    none = "none"
-
-
-class Missing(str, Enum):
-    """What a missing value is."""
-
-    error = "error"
-    mean = "mean"
-    median = "median"
 
 
 def fit(
@@ -111,11 +86,18 @@ def fit(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    members: Annotated[
+        int | None,
+        typer.Option(
+            "--members",
+            min=2,
+            help="An ensemble: so many models of different seeds, their scores averaged.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     scaler: Annotated[
         Scaling | None,
-        typer.Option(
-            "--scaler", help="[default: standard; with --preset image or image-hyperplane: none]", rich_help_panel=MODEL
-        ),
+        typer.Option("--scaler", help="[default: standard; with --preset image...: none]", rich_help_panel=MODEL),
     ] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="The same seed gives the same model.", rich_help_panel=TRAINING)
@@ -153,6 +135,7 @@ def fit(
     **Exit status**: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     from rvae_fast.cli.defaults import starting_parameters
+    from rvae_fast.cli.members import checkpoint_files, summary
     from rvae_fast.cli.run import split_names, told_of_file
     from rvae_fast.cli.source import binary_labels, frame, open_source, parse_shape
 
@@ -165,12 +148,19 @@ def fit(
         outputs.append(output_files(report)[0])
     if resume and checkpoint is None:
         usage_error("needs --checkpoint, the file to go on from", "--resume")
-    if checkpoint is not None and not resume:
-        outputs.append(checkpoint)
+
+    from rvae_fast import presets
+
+    preset_name = "table" if preset is None else preset.value
+    base, several = presets.ENSEMBLES.get(preset_name, (preset_name, members))
+    if members is not None and several is not members:
+        usage_error(f"--preset {preset_name} has its own", "--members")
+    checkpoints = checkpoint_files(checkpoint, several)
+    if not resume:
+        outputs += checkpoints
     refuse_to_overwrite(outputs, force)
 
     from rvae_fast import detector as detectors
-    from rvae_fast import presets
     from rvae_fast.datasets.types import numbered_names
     from rvae_fast.serialization import save
 
@@ -210,48 +200,56 @@ def fit(
         if preset is None:
             start = starting_parameters(source.dataset or "", is_image=source.image_shape is not None)
         else:
-            start = presets.preset(preset.value)
+            start = presets.preset(base)
         given = {name: value for name, value in start.items() if name in known} | given
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             given["checkpoint"] = str(checkpoint)
-            if not resume:
-                checkpoint.unlink(missing_ok=True)  # it exists only with --force
+            for file in () if resume else checkpoints:
+                file.unlink(missing_ok=True)  # it exists only with --force
         started = time.perf_counter()
-        detector = detector_class(**given, random_state=seed, resume=resume, verbose=0 if quiet else 1)
+        detector: Any = detector_class(**given, random_state=seed, resume=resume, verbose=0 if quiet else 1)
+        if several is not None:
+            from rvae_fast.ensemble import EnsembleDetector
+
+            detector = EnsembleDetector(
+                detector, members=several, contamination=detector.contamination, random_state=seed
+            )
         with told_of_file(source.name, "--missing mean or --missing median fills NaN"):
             detector.fit(frame(X, names))
         seconds = time.perf_counter() - started
+        fitted = getattr(detector, "estimators_", [detector])
         if names is not None and not hasattr(detector, "feature_names_in_"):
             import numpy as np
 
-            detector.feature_names_in_ = np.asarray(names, dtype=object)  # without pandas, fit saw no names
+            for one in {detector, *fitted}:
+                one.feature_names_in_ = np.asarray(names, dtype=object)  # without pandas, fit saw no names
         out.parent.mkdir(parents=True, exist_ok=True)
         save(detector, out)
         page = None
         if report is not None:
             page = _report(report, detector, table, truth, source, shape or source.image_shape, seconds)
-    last = detector.history_.epochs[-1]
+    found = summary(fitted)
     if json_output:
         print_json(
             {
                 "model": str(out),
                 "detector": detector_class.__name__,
+                "members": len(fitted),
                 "rows": len(X),
                 "features": X.shape[1],
-                "epochs": detector.n_iter_,
-                "best_epoch": detector.history_.best_epoch,
-                "train_loss": last["train_loss"],
-                "val_loss": last["val_loss"],
+                **found,
                 "threshold": detector.threshold_,
                 "seconds": round(seconds, 3),
                 "report": None if page is None else str(page),
             }
         )
     if not quiet:
+        times = f"{len(fitted)} times " if len(fitted) > 1 else ""
         note(
-            f"trained {detector_class.__name__} on {len(X):,} rows x {X.shape[1]:,} features: {detector.n_iter_} epochs"
-            f" in {seconds:.1f} s, loss {last['train_loss']:.5g}, threshold {detector.threshold_:.6g}"
+            f"trained {detector_class.__name__} {times}on {len(X):,} rows x {X.shape[1]:,} features: "
+            f"{found['epochs']} epochs in {seconds:.1f} s, loss {found['train_loss']:.5g}, "
+            f"threshold {detector.threshold_:.6g}"
         )
         for path in (out, page):
             if path is not None:

@@ -1,19 +1,54 @@
-"""The options of ``fit`` that set a parameter of the detector: what they are called, and what they become.
+"""The options of ``fit``: their choices, and those that set a parameter of the detector, with what they become.
 
-Every one is None unless given, so that the detector's (or the preset's) own default holds.
+Every one of the latter is None unless given, so that the detector's (or the preset's) own default holds.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from rvae_fast.cli.common import usage_error
 
-__all__ = ["PARAMETERS", "Parameter", "as_parameters"]
+__all__ = ["MODEL", "PARAMETERS", "TRAINING", "Kind", "Missing", "Parameter", "Preset", "Scaling", "as_parameters"]
 
 MODEL, TRAINING = "Model", "Training"
+
+
+class Kind(str, Enum):
+    """The four networks."""
+
+    rvae = "rvae"
+    vae = "vae"
+    rae = "rae"
+    ae = "ae"
+
+
+class Preset(str, Enum):
+    """Kinds of data."""
+
+    table = "table"
+    image = "image"
+    image_hyperplane = "image-hyperplane"
+    image_two_rates = "image-two-rates"
+
+
+class Scaling(str, Enum):
+    """Scalers; ``none`` leaves the columns alone."""
+
+    standard = "standard"
+    minmax = "minmax"
+    none = "none"
+
+
+class Missing(str, Enum):
+    """What a missing value is."""
+
+    error = "error"
+    mean = "mean"
+    median = "median"
 
 
 class Parameter(NamedTuple):

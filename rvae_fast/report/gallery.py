@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rvae_fast.report.fitted import members
 from rvae_fast.report.reconstructions import check_image_shape, contact_sheet, image_strip, largest_errors
 from rvae_fast.report.rows import extreme_positions
 from rvae_fast.report.theme import number
@@ -58,7 +59,7 @@ def reconstruct(detector: Any, X: NDArray[Any]) -> NDArray[np.float64]:
 def _scale(detector: Any, feature_scale: ArrayLike | None, features: int) -> NDArray[np.float64]:
     """Return the size of one model unit in input units: as given, or from the detector's scaler."""
     if feature_scale is None:
-        feature_scale = getattr(getattr(detector, "scaler_", None), "scale", None)
+        feature_scale = getattr(getattr(members(detector)[0], "scaler_", None), "scale", None)
     scale = np.ones(features) if feature_scale is None else np.asarray(feature_scale, dtype=np.float64)
     if scale.shape != (features,):
         raise ValueError(f"feature_scale must have shape ({features},), got {scale.shape}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rvae_fast.datasets.cache import atomic_path
+from rvae_fast.report.fitted import curves, history_of, parameters
 from rvae_fast.report.gallery import build_gallery
 from rvae_fast.report.metrics import check_labels, check_scores, evaluate_scores
 from rvae_fast.report.rows import extreme_positions
@@ -71,22 +73,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _history(history: Any) -> tuple[list[Mapping[str, Any]], NDArray[np.float64], int | None]:
-    if history is None:
-        return [], np.empty(0), None
-
-    def get(name: str) -> Any:
-        return history.get(name) if isinstance(history, dict) else getattr(history, name, None)
-
-    norms = get("grad_norm")
-    best = get("best_epoch")
-    return list(get("epochs") or []), np.asarray([] if norms is None else norms, dtype=np.float64).ravel(), best
-
-
-def _parameters(detector: Any) -> dict[str, Any]:
-    return dict(detector.get_params(deep=False)) if hasattr(detector, "get_params") else {}
-
-
 def _pictures(
     scores: NDArray[np.float64],
     threshold: float,
@@ -95,6 +81,7 @@ def _pictures(
     history: Any,
     max_grad_norm: float | None,
     above: int,
+    whose: str,
 ) -> tuple[list[Picture], list[Picture]]:
     from rvae_fast.report.plots import plot_histogram, plot_precision_recall, plot_roc
     from rvae_fast.report.training_plots import plot_gradient_norm, plot_loss
@@ -102,9 +89,9 @@ def _pictures(
     about_scores = [plot_histogram(scores, threshold, labels, above=above)]
     if evaluation is not None and evaluation.roc is not None:
         about_scores += [plot_roc(evaluation), plot_precision_recall(evaluation)]
-    epochs, norms, best = _history(history)
+    epochs, norms, best = curves(history)
     drawn = [plot_loss(epochs, best) if epochs else None, plot_gradient_norm(norms, max_grad_norm)]
-    return about_scores, [picture for picture in drawn if picture is not None]
+    return about_scores, [dataclasses.replace(p, caption=p.caption + whose) for p in drawn if p is not None]
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -229,10 +216,10 @@ def write_report(
         i = row if position_of is None else position_of.get(row)
         return f"row {row}" if ids is None or i is None else str(ids[i])
 
-    parameters = _parameters(detector)
-    configuration = parameters if configuration is None else dict(configuration)
-    history = getattr(detector, "history_", None) if history is None else history
-    max_grad_norm = parameters.get("max_grad_norm") if max_grad_norm is None else max_grad_norm
+    known = parameters(detector)
+    configuration = known if configuration is None else dict(configuration)
+    history, whose = history_of(detector) if history is None else (history, "")
+    max_grad_norm = known.get("max_grad_norm") if max_grad_norm is None else max_grad_norm
 
     gallery = None
     if X is not None and (reconstruction is not None or detector is not None) and at_hand.size:
@@ -261,7 +248,7 @@ def write_report(
 
     above = int((scores > threshold).sum())
     evaluation = None if truth is None else evaluate_scores(scores, truth, threshold)
-    about_scores, about_training = _pictures(scores, threshold, truth, evaluation, history, max_grad_norm, above)
+    about_scores, about_training = _pictures(scores, threshold, truth, evaluation, history, max_grad_norm, above, whose)
     top = [
         (
             rank,

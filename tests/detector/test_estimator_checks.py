@@ -8,6 +8,7 @@ import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from rvae_fast.detector import DETECTORS, RVAEDetector
+from rvae_fast.ensemble import EnsembleDetector
 
 # The default network for the main class, small ones for its siblings: what is checked is the estimator around it.
 ESTIMATORS = [
@@ -16,6 +17,7 @@ ESTIMATORS = [
 ]
 ESTIMATORS.append(RVAEDetector(epochs=2, widths=(16,), missing="mean", scaler="minmax", anomaly_score="elbo"))
 ESTIMATORS.append(RVAEDetector(epochs=2, widths=(16, 8), anomaly_score="hyperplane"))
+ESTIMATORS.append(EnsembleDetector(RVAEDetector(epochs=2, widths=(16,)), members=2))
 
 
 @pytest.mark.filterwarnings("ignore:constant column")

@@ -1,0 +1,246 @@
+"""Ensembles: what the members are, what their mean is, and the file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, safe_open, save_file
+from sklearn.exceptions import NotFittedError
+
+from rvae_fast import serialization
+from rvae_fast.detector import DETECTORS, RAEDetector, RVAEDetector
+from rvae_fast.ensemble import EnsembleDetector
+from rvae_fast.presets import preset
+from rvae_fast.serialization import FileFormatError, load
+from tests.detector.conftest import SMALL
+
+QUICK: dict[str, Any] = {name: value for name, value in SMALL.items() if name != "random_state"}
+
+
+def small(**parameters: Any) -> RVAEDetector:
+    return RVAEDetector(**{**QUICK, **parameters})
+
+
+@pytest.mark.parametrize("score", ["reconstruction", "sap", "hyperplane"])
+def test_the_score_is_the_members_mean_in_their_units(score: str, table: np.ndarray) -> None:
+    detector = EnsembleDetector(small(anomaly_score=score), members=3, random_state=0).fit(table[:200])
+    own = [-member.score_samples(table) for member in detector.estimators_]
+    if score == "hyperplane":
+        assert detector.units_.tolist() == [1.0] * 3
+    else:
+        np.testing.assert_allclose(detector.units_, [scores[:200].mean() for scores in own], rtol=1e-12)
+    expected = np.mean([scores / unit for scores, unit in zip(own, detector.units_, strict=True)], axis=0)
+    np.testing.assert_allclose(detector.score_samples(table), -expected, rtol=1e-12)
+    assert detector.threshold_ == -detector.offset_
+    assert (detector.predict(table[:200]) < 0).sum() == 20  # the contamination's share
+    np.testing.assert_array_equal(np.concatenate(list(detector.score_chunks([table[:7], table[7:]]))),
+                                  detector.score_samples(table))  # fmt: skip
+
+
+def test_members_differ_by_their_seeds_and_an_int_repeats_them(table: np.ndarray) -> None:
+    first, again, other = (EnsembleDetector(small(), members=2, random_state=s).fit(table) for s in (0, 0, 1))
+    np.testing.assert_array_equal(first.score_samples(table), again.score_samples(table))
+    assert (first.score_samples(table) != other.score_samples(table)).any()
+    a, b = first.estimators_
+    assert a.random_state != b.random_state
+    assert (a.score_samples(table) != b.score_samples(table)).any()
+
+
+def test_members_have_their_own_parameters(table: np.ndarray) -> None:
+    base = small(random_state=5, learning_rate=1e-2)
+    members = [{}, {"learning_rate": 1e-3, "random_state": 7}]
+    detector = EnsembleDetector(base, members=members, random_state=0).fit(table)
+    a, b = detector.estimators_
+    assert (a.learning_rate, b.learning_rate, b.random_state) == (1e-2, 1e-3, 7)
+    assert a.random_state not in (5, 7)
+    assert not hasattr(base, "model_")
+    assert members == [{}, {"learning_rate": 1e-3, "random_state": 7}]
+    one = small(random_state=7, learning_rate=1e-3).fit(table)
+    np.testing.assert_array_equal(b.score_samples(table), one.score_samples(table))
+
+
+def test_reconstruction_and_errors_are_means(table: np.ndarray) -> None:
+    detector = EnsembleDetector(RAEDetector(**QUICK), random_state=0).fit(table)
+    a, b = detector.estimators_
+    np.testing.assert_allclose(detector.reconstruct(table), (a.reconstruct(table) + b.reconstruct(table)) / 2)
+    for units in ("input", "score"):
+        expected = (a.feature_errors(table, units=units) + b.feature_errors(table, units=units)) / 2
+        np.testing.assert_allclose(detector.feature_errors(table, units=units), expected)
+
+
+def test_a_table_without_an_error_has_a_score(table: np.ndarray) -> None:
+    with pytest.warns(UserWarning, match="constant columns 0, 1"):
+        detector = EnsembleDetector(small(init="zero"), random_state=0).fit(np.ones((40, 2)))
+    assert np.isfinite(detector.score_samples(np.ones((3, 2)))).all()
+
+
+def test_names_of_columns(table: np.ndarray) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(table, columns=list("abcdef"))
+    detector = EnsembleDetector(small(), random_state=0).fit(frame)
+    assert detector.feature_names_in_.tolist() == list("abcdef")
+    with pytest.raises(ValueError, match="feature names should match"):
+        detector.score_samples(frame[list("bacdef")])
+    frame.iloc[3, 2] = np.nan
+    with pytest.raises(ValueError, match="'c'"):
+        detector.score_samples(frame)
+    detector.fit(table)
+    assert not hasattr(detector, "feature_names_in_")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "message"),
+    [
+        ({"members": 0}, ValueError, "members must be at least 1, got 0"),
+        ({"members": []}, ValueError, "at least one dict"),
+        ({"members": True}, TypeError, "members must be a number or a list of dicts of parameters, got True"),
+        ({"members": {"epochs": 3}}, TypeError, "members must be a number or a list of dicts"),
+        ({"members": "two"}, TypeError, "members must be a number or a list of dicts"),
+        ({"members": [{}, 3]}, TypeError, r"members\[1\] must be a dict of parameters, got 3"),
+        ({"members": [{"learnig_rate": 1}]}, ValueError, r"members\[0\] has 'learnig_rate', which is no parameter of"),
+        ({"members": [{"epochs": -1}]}, ValueError, "epochs"),
+        ({"estimator": 3}, TypeError, r"estimator must be a detector of rvae_fast such as RVAEDetector\(\), got 3"),
+        ({"estimator": RVAEDetector}, TypeError, "estimator must be a detector of rvae_fast"),
+        ({"contamination": 0.7}, ValueError, "contamination must be in"),
+    ],
+)
+def test_bad_parameters(parameters: Any, error: type[Exception], message: str, table: np.ndarray) -> None:
+    with pytest.raises(error, match=message):
+        EnsembleDetector(**{"estimator": small(), **parameters}).fit(table)
+
+
+def test_before_fit_and_after_one_that_failed(table: np.ndarray) -> None:
+    detector = EnsembleDetector(small())
+    for ask in (detector.score_samples, detector.predict, detector.reconstruct, detector.feature_errors):
+        with pytest.raises(NotFittedError):
+            ask(table)
+    detector.fit(table)
+    with pytest.raises(ValueError, match="NaN"):
+        detector.fit(np.full_like(table, np.nan))
+    with pytest.raises(NotFittedError):
+        detector.score_samples(table)
+
+
+def test_a_member_that_scores_by_something_else_now_has_no_threshold(table: np.ndarray, tmp_path: Path) -> None:
+    detector = EnsembleDetector(small(), random_state=0).fit(table)
+    detector.estimators_[1].set_params(anomaly_score="sap")
+    for ask in (lambda: detector.threshold_, lambda: detector.predict(table), lambda: detector.save(tmp_path / "m")):
+        with pytest.raises(NotFittedError, match="anomaly_score='sap' was set after fit"):
+            ask()
+
+
+def test_checkpoints_of_each_member(table: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    detector = EnsembleDetector(small(checkpoint=str(path)), random_state=0).fit(table)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.ckpt.0", "run.ckpt.1"]
+    (tmp_path / "run.ckpt.1").unlink()
+    for seed in (0, None):  # without one, the seeds are those of the checkpoints
+        again = EnsembleDetector(small(checkpoint=str(path), resume=True), random_state=seed).fit(table)
+        np.testing.assert_array_equal(again.estimators_[0].score_samples(table),
+                                      detector.estimators_[0].score_samples(table))  # fmt: skip
+    np.testing.assert_array_equal(again.score_samples(table), detector.score_samples(table))
+
+
+@pytest.mark.parametrize("members", [2, [{}, {"learning_rate": np.float64(1e-3), "widths": (8,)}]])
+@pytest.mark.parametrize("score", ["reconstruction", "nap", "hyperplane"])
+@pytest.mark.filterwarnings("ignore:anomaly_score='nap' found")
+def test_round_trip(members: Any, score: str, table: np.ndarray, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(table, columns=list("abcdef"))
+    detector = EnsembleDetector(
+        small(anomaly_score=score), members=members, contamination=0.2, random_state=np.int64(3)
+    ).fit(frame)
+    path = tmp_path / "m.safetensors"
+    detector.save(path)
+    for loaded in (load(path), load(path, device="cpu"), pickle.loads(pickle.dumps(detector))):
+        assert type(loaded) is EnsembleDetector
+        np.testing.assert_array_equal(loaded.score_samples(frame), detector.score_samples(frame))
+        np.testing.assert_array_equal(loaded.predict(frame), detector.predict(frame))
+        assert loaded.offset_ == detector.offset_
+        assert loaded.feature_names_in_.tolist() == list("abcdef")
+        assert (loaded.contamination, loaded.random_state) == (0.2, 3)
+        assert type(loaded.estimator) is RVAEDetector
+        assert loaded.estimator.anomaly_score == score
+        assert len(loaded.members if isinstance(members, list) else loaded.estimators_) == 2
+    loaded = load(path)
+    np.testing.assert_array_equal(loaded.fit(frame).score_samples(frame), detector.score_samples(frame))
+
+
+def test_round_trip_of_the_default_estimator(table: np.ndarray, tmp_path: Path) -> None:
+    detector = EnsembleDetector(members=[{**QUICK}], random_state=0).fit(table)
+    detector.save(tmp_path / "m")
+    assert load(tmp_path / "m").estimator is None
+    assert load(tmp_path / "m", device="cpu").estimators_[0].device == "cpu"
+
+
+class Own(EnsembleDetector):
+    """Somebody's own."""
+
+
+class OwnMember(RVAEDetector):
+    """Somebody's own too."""
+
+
+def test_what_cannot_be_saved(table: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with pytest.raises(NotFittedError):
+        EnsembleDetector(small()).save(path)
+    with pytest.raises(TypeError, match="the subclass Own: load could not make it again"):
+        Own(small()).fit(table).save(path)
+    with pytest.raises(TypeError, match="the subclass OwnMember"):
+        EnsembleDetector(OwnMember(**QUICK)).fit(table).save(path)
+    detector = EnsembleDetector(small()).fit(table).set_params(estimator=OwnMember(**QUICK))
+    with pytest.raises(TypeError, match="its estimator is OwnMember"):
+        detector.save(path)
+    assert not path.exists()
+
+
+def _rewritten(path: Path, change: Any) -> None:
+    with safe_open(path, framework="pt") as file:
+        document = json.loads(file.metadata()["rvae_fast"])
+    tensors = load_file(path)
+    change(document, tensors)
+    text = json.dumps(document)
+    save_file(tensors, path, {"rvae_fast": text, "sha256": serialization._digest(text, tensors)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, t: d["units"].pop(), "holds 2 members and 1 units"),
+        (lambda d, t: d.pop("detectors"), "lacks 'detectors', which an ensemble EnsembleDetector must have"),
+        (lambda d, t: d["detectors"][1].pop("scaler"), "lacks 'scaler', which member 1 of an ensemble must have"),
+        (lambda d, t: t.pop("1.model.encoder.0.weight"), "encoder.0.weight is missing"),
+        (lambda d, t: d["estimator"].update({"class": "Other"}), "an ensemble of Other"),
+        (lambda d, t: d["detectors"][0].update({"class": "Other"}), "a detector of class 'Other'"),
+    ],
+)
+def test_a_file_of_something_else(change: Any, message: str, table: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    EnsembleDetector(small(), random_state=0).fit(table).save(path)
+    _rewritten(path, change)
+    with pytest.raises(FileFormatError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize("detector", DETECTORS.values())
+def test_every_detector_can_be_the_estimator(detector: Any, table: np.ndarray) -> None:
+    scores = EnsembleDetector(detector(**QUICK), random_state=0).fit(table).score_samples(table)
+    assert scores.shape == (300,)
+    assert np.isfinite(scores).all()
+
+
+def test_the_preset(table: np.ndarray) -> None:
+    detector = EnsembleDetector(**preset("image-two-rates"))
+    assert detector.estimator.get_params() == RVAEDetector(**preset("image-hyperplane")).get_params()
+    assert detector.members == [{}, {"learning_rate": 1e-3}]
+    preset("image-two-rates")["members"].clear()
+    assert len(preset("image-two-rates")["members"]) == 2
+    detector.estimator.set_params(**QUICK)
+    rates = [member.learning_rate for member in detector.fit(table).estimators_]
+    assert rates == [2e-3, 1e-3]
