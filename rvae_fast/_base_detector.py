@@ -230,6 +230,10 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Thresholde
         check_is_fitted(self)
         return check_table(self, X, reset=False)
 
+    def _place(self, offset: float) -> None:
+        self._scored_by = options.scored_by(self)
+        super()._place(offset)
+
     def _check_threshold(self) -> None:
         check_is_fitted(self)
         options.check_scored_by(self, self._scored_by)

@@ -84,8 +84,8 @@ def check_scored_by(detector: Any, fitted: dict[str, Any]) -> None:
         changed = ", ".join(f"{name}={value!r}" for name, value in now.items() if fitted.get(name, value) != value)
         was = ", ".join(f"{name}={value!r}" for name, value in fitted.items())
         raise NotFittedError(
-            f"{changed} was set after fit, whose threshold is one of {was}: fit again, or compare score_samples with a "
-            "threshold of your own"
+            f"{changed} was set after fit, whose threshold is one of {was}: fit again, place one for this score by "
+            "calibrate, or compare score_samples with one of your own"
         )
 
 

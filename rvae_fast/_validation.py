@@ -24,12 +24,15 @@ def check_choice(name: str, value: object, allowed: Sequence[Any]) -> None:
 
 def check_contamination(value: object) -> float:
     """Return ``contamination`` as a float in (0, 0.5], or raise an error that names it."""
+    return check_share_of_rows("contamination", value, "the share of the training rows to be flagged")
+
+
+def check_share_of_rows(name: str, value: object, what: str) -> float:
+    """Return a share as a float in (0, 0.5], or raise an error that names it and says what it is the share of."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"contamination must be a number in (0, 0.5], got {value!r}")
+        raise TypeError(f"{name} must be a number in (0, 0.5], got {value!r}")
     if not 0 < value <= 0.5:
-        raise ValueError(
-            f"contamination must be in (0, 0.5], got {value!r}: it is the share of the training rows to be flagged"
-        )
+        raise ValueError(f"{name} must be in (0, 0.5], got {value!r}: it is {what}")
     return float(value)
 
 

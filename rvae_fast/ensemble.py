@@ -195,6 +195,10 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
             members.append(member.set_params(**{**own, **change}))
         return members
 
+    def _place(self, offset: float) -> None:
+        self._check_threshold()  # the units are those of the scores that the members had
+        super()._place(offset)
+
     def _check_threshold(self) -> None:
         check_is_fitted(self)
         for member in self.estimators_:

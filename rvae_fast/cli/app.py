@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rvae_fast._version import __version__
-from rvae_fast.cli import data, demo, doctor, evaluate, fit, reproduce, score
+from rvae_fast.cli import calibrate, data, demo, doctor, evaluate, fit, reproduce, score
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,8 @@ A residual variational autoencoder learns what normal rows look like; a row that
   `rvae-fast demo`
 - Learn from rows that are (mostly) normal:
   `rvae-fast fit normal.csv --out model.safetensors`
+- Place the threshold by other normal rows, for a rate of false alarms:
+  `rvae-fast calibrate model.safetensors more.csv --false-alarms 0.01 --out calibrated.safetensors`
 - Score other rows:
   `rvae-fast score model.safetensors new.csv --out scores.csv`
 - Measure against known anomalies:
@@ -59,6 +61,7 @@ def _root(
 
 app.command("fit")(fit.fit_command)
 app.command("score")(score.score)
+app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.command("reproduce")(reproduce.reproduce)

@@ -90,7 +90,6 @@ def demo(
     - `rvae-fast demo`
     - `rvae-fast demo --data mnist --novel 0 --epochs 50 --out mnist-report`
     """
-    import numpy as np
 
     from rvae_fast import datasets
     from rvae_fast.cli.common import console
@@ -135,7 +134,7 @@ def demo(
     seconds = time.perf_counter() - started
 
     # A threshold from the training rows would be too low: the model knows them. Held-out rows set it.
-    detector.offset_ = -float(np.quantile(-detector.score_samples(split.X_validation), 1 - _FALSE_ALARMS))
+    detector.calibrate(split.X_validation, false_alarm_rate=_FALSE_ALARMS)
     scores = -detector.score_samples(split.X_test)
     evaluation = evaluate_scores(scores, split.y_test, detector.threshold_)
     speed = _throughput(detector, split.X_test)

@@ -76,8 +76,8 @@ PartOption = Annotated[
     str | None,
     typer.Option(
         "--part",
-        help="Built-in data: all, train, validation or test. `fit` takes the normal training rows (60 %), `score` and"
-        " `evaluate` the test rows, unless this says otherwise.",
+        help="Built-in data: all, train, validation or test. `fit` takes the normal training rows (60 %),"
+        " `calibrate` the validation rows, `score` and `evaluate` the test rows, unless this says otherwise.",
     ),
 ]
 SplitSeedOption = Annotated[int, typer.Option("--split-seed", min=0, help="Built-in data: seed of that split.")]
