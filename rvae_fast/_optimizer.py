@@ -56,7 +56,7 @@ class Optimizer:
 
     def norm(self) -> Tensor:
         """Global L2 norm of the gradients, a scalar on their device."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = self._gradients()
         if self._is_native(gradients):
             return gradient_norm(gradients)
         norms = torch._foreach_norm(gradients)
@@ -64,8 +64,12 @@ class Optimizer:
             norms = tuple(norm.to(self.parameters[0].dtype) for norm in norms)
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def _is_native(self, tensors: Sequence[Tensor | None]) -> bool:
-        return self._native and all(t is not None and t.is_contiguous() for t in tensors)
+    def _gradients(self) -> list[Tensor]:
+        """Those that are there."""
+        return [gradient for p in self.parameters if (gradient := p.grad) is not None]
+
+    def _is_native(self, tensors: Sequence[Tensor]) -> bool:
+        return self._native and all(map(Tensor.is_contiguous, tensors))
 
     @torch.no_grad()
     def step(self, learning_rate: float | Tensor, norm: Tensor, blocked: Tensor | None = None) -> None:
@@ -81,8 +85,9 @@ class Optimizer:
             1.0 makes the step do nothing, without the host knowing.
         """
         config = self.config
-        gradients = [p.grad for p in self.parameters]
-        if self.fused and self._is_native(gradients) and self._is_native(self.parameters):
+        gradients = self._gradients()
+        whole = len(gradients) == len(self.parameters)
+        if self.fused and whole and self._is_native(gradients) and self._is_native(self.parameters):
             rate = learning_rate if isinstance(learning_rate, Tensor) else self._rate.fill_(learning_rate)
             clipped_adam(
                 self.parameters, gradients, self._exp_avg, self._exp_avg_sq, self._steps, rate, *config.betas,
@@ -94,21 +99,20 @@ class Optimizer:
             # 1e-6 as torch.nn.utils.clip_grad_norm_ has it.
             scale = torch.clamp((norm + 1e-6) / self.config.max_grad_norm, min=1.0)
         if not (self.fused and self._fold) and scale is not None:
-            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], scale)
+            torch._foreach_div_(gradients, scale)
             scale = None
         if not self.fused:
             if blocked is None or not bool(blocked):
                 self._unfused(float(learning_rate))
             return
-        missing = any(p.grad is None for p in self.parameters)
         taken = 1.0 if blocked is None else 1.0 - blocked
-        if not missing:
+        if whole:
             self._steps += taken
         elif present := [step for step, p in zip(self._step, self.parameters, strict=True) if p.grad is not None]:
             # Not by a mask: to make one is a copy from the host, which a captured step must not have.
             torch._foreach_add_(present, taken)
         for group in self._groups:
-            group = [i for i in group if self.parameters[i].grad is not None] if missing else group
+            group = [i for i in group if self.parameters[i].grad is not None] if not whole else group
             if group:
                 self._kernel(
                     [self.parameters[i] for i in group],
