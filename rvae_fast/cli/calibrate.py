@@ -95,7 +95,7 @@ def calibrate(
     try:
         threshold = -conformal_offset(-scores, false_alarms)
     except ValueError as error:
-        raise ValueError(str(error).replace("X has", f"{source.name} has normal")) from error
+        raise ValueError(str(error).replace("X has", f"those that are normal in {source.name} are")) from error
     # --device says where to score now; what the file says of it stays.
     written = detector if device is None else load_detector(model, None)
     written.threshold_ = threshold
@@ -118,8 +118,6 @@ def calibrate(
     if not quiet:
         left = scored.scores.size - len(scores)
         note(f"{len(scores):,} normal rows" + (f"; left out {left:,} labelled anomalies" if left else ""))
-        note(
-            f"threshold {threshold:.6g}, which {flagged:,} of them exceed (before: {before:.6g}, "
-            f"{int((scores > before).sum()):,})"
-        )
+        above = int((scores > before).sum())
+        note(f"threshold {threshold:.6g}, with {flagged:,} of them above it; it was {before:.6g}, with {above:,}")
         note(f"wrote {out}")
