@@ -33,6 +33,9 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Thresholde
 
     _model_class: ClassVar[type[Autoencoder]]
 
+    #: Set by an ensemble on its members: ``fit`` leaves the training rows' anomaly scores as ``_training_scores``.
+    _keeps_training_scores = False
+
     # Parameters every detector has; the classes set them in their own __init__, as scikit-learn wants it.
     scaler: str | None
     missing: str
@@ -74,7 +77,9 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Thresholde
         rvae_fast.training.NonFiniteError
             When the loss or a gradient becomes NaN or infinite.
         """
-        self._learn(X)
+        scores = self._learn(X)
+        if self._keeps_training_scores:
+            self._training_scores = scores
         return self
 
     def _learn(self, X: Any) -> NDArray[np.float64]:

@@ -58,7 +58,7 @@ def describe_detector(detector: BaseDetector) -> tuple[dict[str, Any], dict[str,
         "config": document["config"],
         "parameters": parameters,
         "scaler": scaler.kind,
-        "offset": detector.offset_,
+        "offset": float(detector.offset_),
         "feature_names": None if names is None else [str(n) for n in names],
         "history": detector.history_.summary(),
     }, tensors

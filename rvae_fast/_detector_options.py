@@ -8,9 +8,12 @@ import warnings
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.exceptions import NotFittedError
 
-from rvae_fast._training_config import TrainingConfig
+from rvae_fast._paths import replaceable
+from rvae_fast._precision import resolve_device
+from rvae_fast._training_config import TrainingConfig, check_resume
 from rvae_fast._validation import check_choice, check_contamination
 from rvae_fast._whitening import check_share
 from rvae_fast.pathway import PATHWAYS
@@ -68,6 +71,24 @@ def check(detector: Any) -> None:
             "likelihood='bernoulli' needs values in [0, 1], which scaler='standard' does not give: use "
             "scaler='minmax', or scaler=None for data that are there already"
         )
+
+
+def check_before_fit(detector: Any, table: Any) -> None:
+    """Raise what the parameters would make ``fit`` raise, before anything is trained.
+
+    Parameters
+    ----------
+    detector : detector
+    table : ndarray [n_rows, n_features]
+    """
+    check(detector)
+    config = training_config(detector, 0, table.shape[0])
+    check_resume(detector.resume, config)
+    with torch.device("meta"):  # no memory, no random numbers
+        detector._model_class(table.shape[1], **model_options(detector, table.shape[1]))
+    resolve_device(detector.device)
+    if config.checkpoint is not None:
+        replaceable(config.checkpoint)
 
 
 def scored_by(detector: Any) -> dict[str, Any]:

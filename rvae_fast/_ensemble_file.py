@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ def describe_ensemble(ensemble: EnsembleDetector) -> tuple[dict[str, Any], dict[
     from sklearn.utils.validation import check_is_fitted
 
     from rvae_fast.detector import DETECTORS
-    from rvae_fast.ensemble import EnsembleDetector, check_members
+    from rvae_fast.ensemble import EnsembleDetector
 
     if type(ensemble) is not EnsembleDetector:
         raise TypeError(
@@ -26,6 +27,7 @@ def describe_ensemble(ensemble: EnsembleDetector) -> tuple[dict[str, Any], dict[
             "it again"
         )
     check_is_fitted(ensemble)
+    ensemble._check_threshold()  # the file would not say that it belongs to other scores
     described = [describe_detector(member) for member in ensemble.estimators_]
     tensors = {f"{i}.{name}": t for i, (_, own) in enumerate(described) for name, t in own.items()}
     base, members = ensemble.estimator, ensemble.members
@@ -35,18 +37,15 @@ def describe_ensemble(ensemble: EnsembleDetector) -> tuple[dict[str, Any], dict[
             raise TypeError(f"save takes an ensemble of rvae_fast's own detectors, its estimator is {base!r}")
         parameters = {name: plain(name, value) for name, value in base.get_params(deep=False).items()}
         estimator = {"class": type(base).__name__, "parameters": parameters}
-    if not isinstance(members, int):
-        changes = check_members(members, base or ensemble.estimators_[0])
-        members = [{name: plain(name, value) for name, value in change.items()} for change in changes]
     return {
         "kind": "ensemble",
         "class": "EnsembleDetector",
         "estimator": estimator,
-        "members": members,
+        "members": _plain_members(members),
         "contamination": plain("contamination", ensemble.contamination),
         "random_state": plain("random_state", ensemble.random_state),
         "units": [float(unit) for unit in ensemble.units_],
-        "offset": ensemble.offset_,
+        "offset": float(ensemble.offset_),
         "detectors": [document for document, _ in described],
     }, tensors
 
@@ -55,6 +54,7 @@ def restore_ensemble(path: Path, document: dict[str, Any], tensors: dict[str, Te
     """The fitted ensemble that a file describes."""
     import numpy as np
 
+    from rvae_fast._detector_options import scored_by
     from rvae_fast.ensemble import EnsembleDetector
 
     described, units = document["detectors"], document["units"]
@@ -71,14 +71,17 @@ def restore_ensemble(path: Path, document: dict[str, Any], tensors: dict[str, Te
     widths = {member.n_features_in_ for member in members}
     if len(widths) != 1:
         raise FileFormatError(f"{path} holds members of different tables: {sorted(widths)} columns")
-    base = document["estimator"]
+    changes = document["members"]
+    if device is not None and isinstance(changes, list):
+        changes = [{**own, "device": str(device)} if "device" in own else own for own in changes]
     ensemble = EnsembleDetector(
-        None if base is None else _unfitted(path, base, device),
-        members=document["members"],
+        _unfitted(path, document["estimator"], device),
+        members=changes,
         contamination=document["contamination"],
         random_state=document["random_state"],
     )
     ensemble.estimators_ = members
+    ensemble._scored_by = [scored_by(member) for member in members]
     ensemble.units_ = np.array(units, dtype=np.float64)
     ensemble.offset_ = float(document["offset"])
     ensemble.n_features_in_ = members[0].n_features_in_
@@ -87,9 +90,20 @@ def restore_ensemble(path: Path, document: dict[str, Any], tensors: dict[str, Te
     return ensemble
 
 
-def _unfitted(path: Path, described: dict[str, Any], device: Any) -> Any:
+def _plain_members(members: Any) -> Any:
+    if isinstance(members, Mapping):
+        return {name: plain(name, value) for name, value in members.items()}
+    if isinstance(members, Sequence) and not isinstance(members, str):
+        return [_plain_members(own) for own in members]
+    return plain("members", members)  # a number, or what only the next fit will refuse
+
+
+def _unfitted(path: Path, described: dict[str, Any] | None, device: Any) -> Any:
+    """What the members are copies of; where it is the default, and a device is asked for, that one with the device."""
     from rvae_fast.detector import DETECTORS
 
+    if described is None:
+        return None if device is None else DETECTORS["RVAEDetector"](device=str(device))
     try:
         estimator = DETECTORS[described["class"]](**described["parameters"])
     except (KeyError, TypeError) as error:

@@ -66,9 +66,10 @@ class Thresholded(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         X : array-like, DataFrame or Tensor [n_rows, n_features]
             Normal rows, ``1 / false_alarm_rate - 1`` or more.
         false_alarm_rate : float, default 0.01
-            Of further rows that are distributed as these are, at most this share is flagged, in the mean over such
-            ``X``, however the scores are distributed: split conformal prediction (Vovk, Gammerman and Shafer 2005;
-            for anomalies Laxhammar and Falkman, SSCI 2010). In (0, 0.5].
+            Of further rows that are distributed as these are, at most this share is flagged in the mean over all
+            such ``X``, however the scores are distributed: split conformal prediction (Vovk, Gammerman and Shafer
+            2005; for anomalies Laxhammar and Falkman, SSCI 2010). By the ``X`` at hand it may be more, the less so the
+            more rows there are. In (0, 0.5].
 
         Returns
         -------
@@ -138,9 +139,12 @@ def conformal_offset(scores: NDArray[np.float64], rate: float) -> float:
     """
     k = math.floor(rate * (len(scores) + 1) * (1 + 1e-12))  # 0.01 * 700 is 6.999...
     if k < 1:
-        needed = math.ceil((1 / rate) * (1 - 1e-12)) - 1
-        raise ValueError(f"false_alarm_rate={rate:g} needs at least {needed:,} rows, X has {len(scores):,}")
+        needed = np.ceil((1 / rate) * (1 - 1e-12)) - 1  # by numpy, which knows an infinite number of rows
+        many = f"{needed:,.0f}" if needed < 1e15 else f"{needed:.3g}"
+        raise ValueError(f"false_alarm_rate={rate:g} needs at least {many} rows, X has {len(scores):,}")
     offset = float(np.partition(scores, k - 1)[k - 1])
+    if np.isnan(scores).any():
+        raise ValueError(f"{np.count_nonzero(np.isnan(scores)):,} of {len(scores):,} rows have NaN for a score")
     if not np.isfinite(offset):
         raise ValueError(
             f"{np.count_nonzero(~np.isfinite(scores)):,} of {len(scores):,} rows have no finite score, more than "

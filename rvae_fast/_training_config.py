@@ -210,3 +210,11 @@ def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = 
     if not (low < result if low_open else low <= result) or not result < high:  # NaN fails both
         raise ValueError(f"{expected}, got {value!r}")
     return result
+
+
+def check_resume(resume: object, config: TrainingConfig) -> None:
+    """Raise a ValueError unless ``resume`` is one of its values, and there is a checkpoint to resume from."""
+    if resume not in (True, False, "auto"):
+        raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
+    if resume and config.checkpoint is None:
+        raise ValueError("config.checkpoint must be a path when resume is set, got None")

@@ -7,18 +7,24 @@ well: Wenzel, Snoek, Tran and Jenatton, NeurIPS 2020.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state, get_tags
 from sklearn.utils.validation import check_is_fitted
 
+from rvae_fast import _detector_options as options
 from rvae_fast._base_detector import BaseDetector
+from rvae_fast._paths import replaceable
 from rvae_fast._thresholded import Thresholded
-from rvae_fast._validation import check_contamination
+from rvae_fast._validation import check_contamination, check_table
 from rvae_fast.detector import RVAEDetector
 
 #: Scores that a normal row has about 0 of: those of several networks need no common unit.
@@ -31,7 +37,8 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
     Parameters
     ----------
     estimator : detector, optional
-        What every member is a copy of; an :class:`~rvae_fast.RVAEDetector` by default. Left as it is.
+        What every member is a copy of; an :class:`~rvae_fast.RVAEDetector` by default. Left as it is. Parameters named
+        ``estimator__...``, in a grid search for one, need one to be given.
     members : int or sequence of dict, default 2
         How many, which then differ by their seeds alone; or for each a dict of the parameters that are its own, empty
         for a plain copy.
@@ -43,7 +50,8 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
     Attributes
     ----------
     estimators_ : list of detector
-        The fitted members, each of which can be asked and saved by itself.
+        The fitted members, each of which can be asked and saved by itself. After a ``fit`` that was broken off, by
+        Ctrl-C or by a loss that is not finite, those that were done and the one that was under way.
     units_ : ndarray [n_members] float64
         What a member's scores are divided by before they are averaged: the mean of its training rows' scores, so that
         no member outweighs the others; 1 for ``"local"`` and ``"hyperplane"``, whose scores compare as they are.
@@ -113,18 +121,28 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
         self.__dict__.pop("offset_", None)  # not fitted until the end, whatever was before
         check_contamination(self.contamination)
         members = self._unfitted()
+        table = check_table(self, X, reset=True, min_rows=2)
+        for member in members:  # the last one's mistakes should not cost the training of the first
+            options.check_before_fit(member, table)
+        self._remove_checkpoints(members)
+        del table
         total: Any = 0.0
         units = []
+        self.estimators_: list[BaseDetector] = []
         for member in members:
-            scores = member._learn(X)
+            self.estimators_.append(member)  # before it is trained: what there is of it is not lost with an error
+            member._keeps_training_scores = True
+            try:
+                with _said_once(first=len(self.estimators_) == 1):
+                    member.fit(X)  # not _learn: it may be the fit of somebody's subclass
+                scores = member._training_scores
+            finally:
+                member.__dict__.pop("_keeps_training_scores", None)
+                member.__dict__.pop("_training_scores", None)
             units.append(_unit(member, scores))
             total = total + scores / units[-1]
-        self.estimators_ = members
         self.units_ = np.array(units)
-        self.n_features_in_ = members[0].n_features_in_
-        self.__dict__.pop("feature_names_in_", None)
-        if hasattr(members[0], "feature_names_in_"):
-            self.feature_names_in_ = members[0].feature_names_in_
+        self._scored_by = [options.scored_by(member) for member in members]
         self.offset_ = float(np.percentile(-total / len(members), 100.0 * self.contamination))
         return self
 
@@ -148,12 +166,12 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
         """
         check_is_fitted(self)
         pairs = zip(self.estimators_, self.units_, strict=True)
-        return self._mean(member.score_samples(X) / unit for member, unit in pairs)
+        return self._mean(lambda pair: pair[0].score_samples(X) / pair[1], pairs)
 
     def reconstruct(self, X: Any) -> NDArray[np.float64]:
         """The mean of what the networks make of each row ``[n_rows, n_features]``, in the units of ``X``."""
         check_is_fitted(self)
-        return self._mean(member.reconstruct(X) for member in self.estimators_)
+        return self._mean(lambda member: member.reconstruct(X), self.estimators_)
 
     def feature_errors(self, X: Any, *, units: str = "input") -> NDArray[np.float64]:
         """The mean of the members' errors of each value ``[n_rows, n_features]``: which columns make a row anomalous.
@@ -165,12 +183,16 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
             See :meth:`RVAEDetector.feature_errors`.
         """
         check_is_fitted(self)
-        return self._mean(member.feature_errors(X, units=units) for member in self.estimators_)
+        return self._mean(lambda member: member.feature_errors(X, units=units), self.estimators_)
 
     # --- private ---
 
-    def _mean(self, parts: Any) -> NDArray[np.float64]:
-        total = np.add.reduce([*parts])
+    def _mean(self, part: Callable[[Any], NDArray[np.float64]], members: Iterable[Any]) -> NDArray[np.float64]:
+        total: Any = None
+        for member in members:
+            with _said_once(first=total is None):
+                one = part(member)
+            total = one if total is None else np.add(total, one, out=total)
         return np.asarray(total / len(self.estimators_), dtype=np.float64)
 
     def _unfitted(self) -> list[BaseDetector]:
@@ -184,25 +206,45 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
         for i, change in enumerate(changes):
             member = clone(base)
             seed: int | None = int(rng.randint(2**31 - 1))
-            if base.resume and self.random_state is None:
+            if change.get("resume", base.resume) and self.random_state is None:
                 seed = None  # it is in the checkpoint
             own: dict[str, Any] = {"random_state": seed}
-            checkpoint = getattr(base, "checkpoint", None)
-            if checkpoint is not None:
-                own["checkpoint"] = f"{checkpoint}.{i}"
+            if base.checkpoint is not None:
+                own["checkpoint"] = f"{os.fspath(base.checkpoint)}.{i}"
             if i > 0 and base.resume is True:
                 own["resume"] = "auto"
             members.append(member.set_params(**{**own, **change}))
         return members
 
+    @staticmethod
+    def _remove_checkpoints(members: list[BaseDetector]) -> None:
+        """Remove the checkpoints that a run which begins anew replaces: a later resume must not find an older run's."""
+        for member in members:
+            if member.checkpoint is not None and not member.resume:
+                replaceable(member.checkpoint).unlink(missing_ok=True)
+
+    def calibrate(self, X: Any, *, false_alarm_rate: float = 0.01) -> EnsembleDetector:
+        """Place the threshold by normal rows that ``fit`` has not seen; see :meth:`RVAEDetector.calibrate`.
+
+        The members must score as they did when they were fitted: ``units_`` are those of these scores.
+        """
+        self._check_threshold()
+        return super().calibrate(X, false_alarm_rate=false_alarm_rate)
+
     def _place(self, offset: float) -> None:
-        self._check_threshold()  # the units are those of the scores that the members had
+        self._check_threshold()
         super()._place(offset)
 
     def _check_threshold(self) -> None:
         check_is_fitted(self)
-        for member in self.estimators_:
-            member._check_threshold()
+        for i, (member, fitted) in enumerate(zip(self.estimators_, self._scored_by, strict=True)):
+            now = options.scored_by(member)
+            if now != fitted:
+                changed = ", ".join(f"{k}={v!r}" for k, v in now.items() if fitted.get(k, v) != v)
+                raise NotFittedError(
+                    f"{changed} was set on estimators_[{i}] after the ensemble's fit, whose threshold and units are "
+                    "those of other scores: fit the ensemble again"
+                )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -231,6 +273,16 @@ def check_members(members: Any, base: BaseDetector) -> list[dict[str, Any]]:
                 f"members[{i}] has {', '.join(map(repr, unknown))}, which is no parameter of {type(base).__name__}"
             )
     return [dict(change) for change in members]
+
+
+@contextlib.contextmanager
+def _said_once(*, first: bool) -> Iterator[None]:
+    """Silence the warnings about the table that every member would repeat."""
+    with warnings.catch_warnings():
+        if not first:
+            for message in ("constant column", "X does not have valid feature names"):
+                warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        yield
 
 
 def _unit(member: BaseDetector, scores: NDArray[np.float64]) -> float:

@@ -17,7 +17,7 @@ from rvae_fast._history import History
 from rvae_fast._nonfinite import NonFiniteError
 from rvae_fast._precision import resolve_device
 from rvae_fast._rates import default_learning_rate
-from rvae_fast._training_config import TrainingConfig
+from rvae_fast._training_config import TrainingConfig, check_resume
 from rvae_fast._training_run import Callback, Run
 
 if TYPE_CHECKING:
@@ -91,10 +91,7 @@ def train(
         raise TypeError(f"config must be a TrainingConfig, got {type(config).__name__}")
     if not isinstance(model, nn.Module) or not callable(getattr(model, "loss_terms", None)):
         raise TypeError(f"model must be an nn.Module with loss_terms(x), such as RVAE, got {type(model).__name__}")
-    if resume not in (True, False, "auto"):
-        raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
-    if resume and config.checkpoint is None:
-        raise ValueError("config.checkpoint must be a path when resume is set, got None")
+    check_resume(resume, config)
     device = resolve_device(config.device, model)
     run = Run(model, data, config, validation, device, resume, callbacks)
     with _rng.fork(device):

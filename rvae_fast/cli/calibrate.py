@@ -58,8 +58,9 @@ def calibrate(
     """Place a trained model's threshold by normal rows that it has not seen.
 
     The threshold that `fit` places is one of its training rows' scores, which the model knows: of new rows it flags
-    more. This command writes the model again with the threshold that at most the share `--false-alarms` of further
-    normal rows exceeds. The rows must be normal; of labelled ones only the normal ones are used.
+    more. This command writes the model again with a threshold that, in the mean over such files, at most the share
+    `--false-alarms` of further normal rows exceeds. The rows must be normal; of labelled ones only the normal ones are
+    used.
 
     **Examples**
 
@@ -85,8 +86,12 @@ def calibrate(
         source = open_source(
             data, stack, label=label, id_column=id_column, key=key, novel=novel, part=part,
             csv=csv_options(delimiter, decimal, header, encoding),
-            default_part="validation" if novel is not None or part is not None else "all", split_seed=split_seed,
+            default_part="validation", split_seed=split_seed,
         )  # fmt: skip
+        if anomaly_value and not source.labelled:
+            usage_error("needs --label, the column of these values", "--anomaly-value")
+        if source.image_shape is not None and novel is None:
+            usage_error("say which class is no normal one: the others' validation rows are used", "--novel")
         before = detector.threshold_
         scored = run_scoring(detector, source, before, chunk_rows=chunk_rows, quiet=quiet)
         scores = scored.scores
@@ -95,7 +100,8 @@ def calibrate(
     try:
         threshold = -conformal_offset(-scores, false_alarms)
     except ValueError as error:
-        raise ValueError(str(error).replace("X has", f"those that are normal in {source.name} are")) from error
+        told = str(error).replace("false_alarm_rate=", "--false-alarms ")
+        raise ValueError(told.replace("X has", f"those that are normal in {source.name} are")) from error
     # --device says where to score now; what the file says of it stays.
     written = detector if device is None else load_detector(model, None)
     written.threshold_ = threshold

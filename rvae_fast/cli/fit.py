@@ -159,6 +159,8 @@ def fit(
     if not resume:
         outputs += checkpoints
     refuse_to_overwrite(outputs, force)
+    if anomaly_value and label is None:
+        usage_error("needs --label, the column of these values", "--anomaly-value")
 
     from rvae_fast import detector as detectors
     from rvae_fast.datasets.types import numbered_names
@@ -201,6 +203,9 @@ def fit(
             start = starting_parameters(source.dataset or "", is_image=source.image_shape is not None)
         else:
             start = presets.preset(base)
+        both = sorted({name for own in several for name in own} & given.keys()) if isinstance(several, list) else []
+        if both:
+            usage_error(f"--preset {preset_name} has its own {', '.join(both)} for each member", "--preset")
         given = {name: value for name, value in start.items() if name in known} | given
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)

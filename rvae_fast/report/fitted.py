@@ -17,15 +17,15 @@ def members(detector: Any) -> list[Any]:
 
 
 def parameters(detector: Any) -> dict[str, Any]:
-    """The parameters in one table; of an ensemble its own beside those of the estimator that its members copy."""
+    """The parameters in one table; of an ensemble its own beside those of its first member."""
     if not hasattr(detector, "get_params"):
         return {}
     own = dict(detector.get_params(deep=False))
     if not hasattr(detector, "estimators_") or "estimator" not in own:
         return own
-    base = own.pop("estimator")
-    base = members(detector)[0] if base is None else base
-    return {"estimator": type(base).__name__, **base.get_params(deep=False), **own}
+    del own["estimator"]
+    first = members(detector)[0]
+    return {"estimator": type(first).__name__, **first.get_params(deep=False), **own}
 
 
 def history_of(detector: Any) -> tuple[Any, str]:

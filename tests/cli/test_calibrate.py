@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from rvae_fast._thresholded import conformal_offset
+from rvae_fast.datasets import novelty_split
 from rvae_fast.serialization import load
 from tests.cli.conftest import make_rows, write_csv
 
@@ -52,6 +54,20 @@ def test_refusals(model: Path, fresh: Path, tmp_path: Path, run: Callable[..., A
         result = run("calibrate", model, fresh, "-o", out, "--false-alarms", rate, code=2)
         assert "must be above 0 and at most 0.5" in result.stderr
     result = run("calibrate", model, fresh, "--label", "faulty", "-o", out, "--false-alarms", 0.001, code=1)
-    assert "needs at least 999 rows, " in result.stderr
+    assert "--false-alarms 0.001 needs at least 999 rows, " in result.stderr
     assert result.stderr.endswith("fresh.csv are 270\n")
+    result = run("calibrate", model, fresh, "--anomaly-value", 1, "-o", out, code=2)
+    assert "needs --label" in result.stderr
     assert not out.exists()
+
+
+def test_built_in_data_give_their_validation_rows(tmp_path: Path, run: Callable[..., Any]) -> None:
+    model, out = tmp_path / "m", tmp_path / "c"
+    quick = ("--epochs", 1, "--widths", 8, "--blocks", 1)
+    run("fit", "digits", "--novel", 0, *quick, "-o", model)
+    said = json.loads(run("calibrate", model, "digits", "--novel", 0, "-o", out, "--json").stdout)
+    digits = load_digits()
+    split = novelty_split(digits.data, digits.target, 0, seed=0)
+    assert (said["rows"], said["left_out"]) == (len(split.validation_indices), 0)
+    result = run("calibrate", model, "digits", "-o", out, "--force", code=2)
+    assert "say which class is" in result.stderr

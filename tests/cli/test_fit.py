@@ -84,6 +84,13 @@ def test_members_and_a_preset_of_several(table: Path, tmp_path: Path, run: Calla
     assert "--members" in result.stderr
 
 
+def test_what_a_preset_of_several_says_itself(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    result = run("fit", table, "--preset", "image-two-rates", "--learning-rate", 0.01, "-o", tmp_path / "m", code=2)
+    assert "--preset image-two-rates has its own learning_rate for each member" in result.stderr
+    result = run("fit", table, "--anomaly-value", 1, "-o", tmp_path / "m", code=2)
+    assert "needs --label" in result.stderr
+
+
 def test_the_report_of_several(table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     pytest.importorskip("jinja2")
     run("fit", table, "--id", "serial", "--label", "faulty", "-o", tmp_path / "m", *QUICK, "--members", 2, "--report",

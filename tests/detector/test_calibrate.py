@@ -38,7 +38,15 @@ def test_how_many_rows_it_takes(rate: float, needed: int) -> None:
         conformal_offset(np.arange(float(needed - 1)), rate)
 
 
+@pytest.mark.parametrize(("rate", "needed"), [(1e-300, "1e\\+300"), (5e-324, "inf")])
+def test_rates_that_no_table_is_long_enough_for(rate: float, needed: str) -> None:
+    with pytest.raises(ValueError, match=f"needs at least {needed} rows"):
+        conformal_offset(np.zeros(3), rate)
+
+
 def test_rows_without_a_finite_score() -> None:
+    with pytest.raises(ValueError, match="1 of 100 rows have NaN for a score"):
+        conformal_offset(np.r_[np.nan, np.zeros(99)], 0.05)
     scores = np.r_[np.full(3, -np.inf), np.arange(97.0)]
     assert conformal_offset(scores, 0.05) == 1.0  # the fifth smallest
     with pytest.raises(ValueError, match=r"3 of 100 rows have no finite score, more than false_alarm_rate=0.02"):
@@ -77,7 +85,7 @@ def test_a_score_set_after_fit_gets_its_threshold(table: np.ndarray, tmp_path: P
 def test_members_that_changed(table: np.ndarray) -> None:
     detector = EnsembleDetector(RVAEDetector(**SMALL), random_state=0).fit(table)
     detector.estimators_[0].set_params(anomaly_score="sap")
-    with pytest.raises(NotFittedError, match="anomaly_score='sap' was set after fit"):
+    with pytest.raises(NotFittedError, match="anomaly_score='sap' was set on estimators_"):
         detector.calibrate(table)
 
 

@@ -13,10 +13,13 @@ from safetensors.torch import load_file, safe_open, save_file
 from sklearn.exceptions import NotFittedError
 
 from rvae_fast import serialization
+from rvae_fast._base_detector import BaseDetector
+from rvae_fast._stepper import Stepper
 from rvae_fast.detector import DETECTORS, RAEDetector, RVAEDetector
 from rvae_fast.ensemble import EnsembleDetector
 from rvae_fast.presets import preset
 from rvae_fast.serialization import FileFormatError, load
+from rvae_fast.training import NonFiniteError
 from tests.detector.conftest import SMALL
 
 QUICK: dict[str, Any] = {name: value for name, value in SMALL.items() if name != "random_state"}
@@ -103,13 +106,21 @@ def test_names_of_columns(table: np.ndarray) -> None:
         ({"members": "two"}, TypeError, "members must be a number or a list of dicts"),
         ({"members": [{}, 3]}, TypeError, r"members\[1\] must be a dict of parameters, got 3"),
         ({"members": [{"learnig_rate": 1}]}, ValueError, r"members\[0\] has 'learnig_rate', which is no parameter of"),
-        ({"members": [{"epochs": -1}]}, ValueError, "epochs"),
+        ({"members": [{}, {"epochs": -1}]}, ValueError, "epochs must be an integer of at least 1, got -1"),
+        ({"members": [{}, {"anomaly_score": "x"}]}, ValueError, "anomaly_score must be one of"),
+        ({"members": [{}, {"activation": "x"}]}, ValueError, "activation"),
+        ({"members": [{}, {"device": "nowhere"}]}, ValueError, "device must be"),
+        ({"members": [{}, {"resume": True}]}, ValueError, "checkpoint must be a path when resume is set"),
+        ({"members": [{}, {"checkpoint": "/nowhere/run.ckpt"}]}, FileNotFoundError, "there is no directory"),
         ({"estimator": 3}, TypeError, r"estimator must be a detector of rvae_fast such as RVAEDetector\(\), got 3"),
         ({"estimator": RVAEDetector}, TypeError, "estimator must be a detector of rvae_fast"),
         ({"contamination": 0.7}, ValueError, "contamination must be in"),
     ],
 )
-def test_bad_parameters(parameters: Any, error: type[Exception], message: str, table: np.ndarray) -> None:
+def test_bad_parameters_are_found_before_any_training(
+    parameters: Any, error: type[Exception], message: str, table: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseDetector, "_learn", lambda self, X: pytest.fail("a member was trained"))
     with pytest.raises(error, match=message):
         EnsembleDetector(**{"estimator": small(), **parameters}).fit(table)
 
@@ -126,12 +137,106 @@ def test_before_fit_and_after_one_that_failed(table: np.ndarray) -> None:
         detector.score_samples(table)
 
 
-def test_a_member_that_scores_by_something_else_now_has_no_threshold(table: np.ndarray, tmp_path: Path) -> None:
+def test_what_was_trained_survives_a_member_that_fails(table: np.ndarray) -> None:
+    wild = {"learning_rate": 1e30, "max_grad_norm": None, "warmup_epochs": 0, "optimizer": "adam", "epochs": 20}
+    detector = EnsembleDetector(small(), members=[{}, wild, {}], random_state=0)
+    with pytest.raises(NonFiniteError):
+        detector.fit(table)
+    done, broken = detector.estimators_
+    assert np.isfinite(done.score_samples(table)).all()
+    assert all(p.isfinite().all() for p in broken.model_.parameters())
+    assert not any(name.startswith(("_keeps", "_training")) for member in detector.estimators_ for name in vars(member))
+    with pytest.raises(NotFittedError):
+        detector.score_samples(table)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_member_that_scores_by_something_else_now_has_no_threshold(
+    loaded: bool, table: np.ndarray, tmp_path: Path
+) -> None:
     detector = EnsembleDetector(small(), random_state=0).fit(table)
+    if loaded:
+        detector.save(tmp_path / "saved")
+        detector = load(tmp_path / "saved")
     detector.estimators_[1].set_params(anomaly_score="sap")
-    for ask in (lambda: detector.threshold_, lambda: detector.predict(table), lambda: detector.save(tmp_path / "m")):
-        with pytest.raises(NotFittedError, match="anomaly_score='sap' was set after fit"):
-            ask()
+    asked = [lambda: detector.threshold_, lambda: detector.predict(table), lambda: detector.save(tmp_path / "m"),
+             lambda: detector.calibrate(table)]  # fmt: skip
+    for calibrated in (False, True):  # by itself a member may be calibrated: the ensemble's units stay those of before
+        if calibrated:
+            detector.estimators_[1].calibrate(table)
+        for ask in asked:
+            message = r"anomaly_score='sap' was set on estimators_\[1\] after the ensemble's fit"
+            with pytest.raises(NotFittedError, match=message):
+                ask()
+    assert not (tmp_path / "m").exists()
+
+
+class Logarithms(RVAEDetector):
+    """Somebody's own, which fits and scores something else than it is given."""
+
+    def fit(self, X: Any, y: Any = None) -> Logarithms:
+        super().fit(np.log1p(np.abs(X)))
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        return super().score_samples(np.log1p(np.abs(X)))
+
+
+def test_the_fit_of_a_subclass_is_called(table: np.ndarray) -> None:
+    detector = EnsembleDetector(Logarithms(**QUICK), random_state=0).fit(table)
+    assert (detector.predict(table) < 0).sum() == 30
+
+
+def test_the_table_s_warnings_come_once(table: np.ndarray) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(table, columns=list("abcdef")).assign(b=1.0)
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030
+        detector = EnsembleDetector(small(), members=3, random_state=0).fit(frame)
+    assert [str(w.message)[:19] for w in caught] == ["constant column 'b'"]
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030
+        detector.score_samples(frame.to_numpy())
+    assert [str(w.message)[:33] for w in caught] == ["X does not have valid feature nam"]
+
+
+def test_an_interrupt_in_the_second_member(table: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.ckpt"
+
+    def ensemble(**more: Any) -> EnsembleDetector:
+        return EnsembleDetector(small(checkpoint=str(path), **more), members=3, random_state=0)
+
+    whole = ensemble().fit(table)
+    train, steps, counted = Stepper.step, 0, 0
+
+    def interrupted(self: Stepper, step: int, group: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 11:  # a member has 3 epochs of 2 steps
+            raise KeyboardInterrupt
+        train(self, step, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ensemble().fit(table)
+    assert [(tmp_path / f"run.ckpt.{i}").exists() for i in range(3)] == [True, True, False]  # not the whole run's
+
+    def counting(self: Stepper, step: int, group: Any) -> None:
+        nonlocal counted
+        counted += 1
+        train(self, step, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", counting)
+        resumed = ensemble(resume=True).fit(table)
+    assert counted == 2 + 6  # what was left of the second, and the third
+    np.testing.assert_array_equal(resumed.score_samples(table), whole.score_samples(table))
+
+
+def test_resume_stated_by_a_member(table: np.ndarray, tmp_path: Path) -> None:
+    members = [{"checkpoint": str(tmp_path / "a"), "resume": "auto"}, {}]
+    first, again = (EnsembleDetector(small(), members=members).fit(table) for _ in range(2))
+    a, b = first.estimators_[0], again.estimators_[0]
+    np.testing.assert_array_equal(a.score_samples(table), b.score_samples(table))
 
 
 def test_checkpoints_of_each_member(table: np.ndarray, tmp_path: Path) -> None:
