@@ -24,8 +24,9 @@ from rvae_fast import _detector_options as options
 from rvae_fast._base_detector import BaseDetector
 from rvae_fast._paths import replaceable
 from rvae_fast._thresholded import Thresholded
-from rvae_fast._validation import check_contamination, check_table
+from rvae_fast._validation import check_contamination, check_finite, check_table, check_unit_range
 from rvae_fast.detector import RVAEDetector
+from rvae_fast.preprocessing import chunks
 
 #: Scores that a normal row has about 0 of: those of several networks need no common unit.
 IN_THEIR_OWN_UNITS = ("local", "hyperplane")
@@ -122,8 +123,7 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
         check_contamination(self.contamination)
         members = self._unfitted()
         table = check_table(self, X, reset=True, min_rows=2)
-        for member in members:  # the last one's mistakes should not cost the training of the first
-            options.check_before_fit(member, table)
+        self._check_before_fit(members, table)
         self._remove_checkpoints(members)
         del table
         total: Any = 0.0
@@ -215,6 +215,18 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
                 own["resume"] = "auto"
             members.append(member.set_params(**{**own, **change}))
         return members
+
+    def _check_before_fit(self, members: list[BaseDetector], table: NDArray[Any]) -> None:
+        """What is wrong with the last member should not cost the training of the first, nor bad rows a checkpoint."""
+        names = getattr(self, "feature_names_in_", None)
+        for member in members:
+            options.check_before_fit(member, table)
+        # A subclass with a fit of its own may make other rows of these.
+        own = [member for member in members if type(member).fit is BaseDetector.fit]
+        if own:
+            check_finite(chunks(table), names, allow_nan=all(member.missing != "error" for member in own))
+        if any(member.likelihood == "bernoulli" and member.scaler is None for member in own):
+            check_unit_range(chunks(table), names)
 
     @staticmethod
     def _remove_checkpoints(members: list[BaseDetector]) -> None:

@@ -232,6 +232,20 @@ def test_an_interrupt_in_the_second_member(table: np.ndarray, tmp_path: Path, mo
     np.testing.assert_array_equal(resumed.score_samples(table), whole.score_samples(table))
 
 
+def test_bad_rows_cost_no_checkpoint(table: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    EnsembleDetector(small(checkpoint=str(path)), random_state=0).fit(table)
+    before = [(tmp_path / f"run.ckpt.{i}").read_bytes() for i in range(2)]
+    table[3, 2] = np.nan
+    with pytest.raises(ValueError, match="1 NaN"):
+        EnsembleDetector(small(checkpoint=str(path)), random_state=0).fit(table)
+    bernoulli = {"likelihood": "bernoulli", "scaler": None}
+    with pytest.raises(ValueError, match="needs values in"):
+        EnsembleDetector(small(checkpoint=str(path)), members=[{}, bernoulli]).fit(np.nan_to_num(table))
+    assert [(tmp_path / f"run.ckpt.{i}").read_bytes() for i in range(2)] == before
+    EnsembleDetector(small(missing="mean"), random_state=0).fit(table)
+
+
 def test_resume_stated_by_a_member(table: np.ndarray, tmp_path: Path) -> None:
     members = [{"checkpoint": str(tmp_path / "a"), "resume": "auto"}, {}]
     first, again = (EnsembleDetector(small(), members=members).fit(table) for _ in range(2))
