@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import save_file
 from sklearn.exceptions import NotFittedError
 
 from rvae_fast import serialization
 from rvae_fast.detector import DETECTORS, RVAEDetector
 from rvae_fast.models import MODELS, RVAE
 from rvae_fast.serialization import FileFormatError, load, save
+from tests.helpers.files import rewrite
 
 SMALL: dict[str, Any] = {"epochs": 2, "widths": (16,), "random_state": 0}
 
@@ -29,16 +29,6 @@ def table() -> np.ndarray:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "saved.safetensors"
-
-
-def rewrite(path: Path, change: Any) -> None:
-    """Change a saved file's document and tensors in place and sign it anew: an intact file with other content."""
-    with safe_open(path, framework="pt") as file:
-        document = json.loads(file.metadata()["rvae_fast"])
-    tensors = load_file(path)
-    change(document, tensors)
-    text = json.dumps(document)
-    save_file(tensors, path, {"rvae_fast": text, "sha256": serialization._digest(text, tensors)})
 
 
 @pytest.mark.parametrize("name", MODELS)

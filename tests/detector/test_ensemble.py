@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, safe_open, save_file
 from sklearn.exceptions import NotFittedError
 
-from rvae_fast import serialization
 from rvae_fast._base_detector import BaseDetector
 from rvae_fast._stepper import Stepper
 from rvae_fast.detector import DETECTORS, RAEDetector, RVAEDetector
@@ -21,6 +18,7 @@ from rvae_fast.presets import preset
 from rvae_fast.serialization import FileFormatError, load
 from rvae_fast.training import NonFiniteError
 from tests.detector.conftest import SMALL
+from tests.helpers.files import rewrite
 
 QUICK: dict[str, Any] = {name: value for name, value in SMALL.items() if name != "random_state"}
 
@@ -319,15 +317,6 @@ def test_what_cannot_be_saved(table: np.ndarray, tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def _rewritten(path: Path, change: Any) -> None:
-    with safe_open(path, framework="pt") as file:
-        document = json.loads(file.metadata()["rvae_fast"])
-    tensors = load_file(path)
-    change(document, tensors)
-    text = json.dumps(document)
-    save_file(tensors, path, {"rvae_fast": text, "sha256": serialization._digest(text, tensors)})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -342,7 +331,7 @@ def _rewritten(path: Path, change: Any) -> None:
 def test_a_file_of_something_else(change: Any, message: str, table: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "m"
     EnsembleDetector(small(), random_state=0).fit(table).save(path)
-    _rewritten(path, change)
+    rewrite(path, change)
     with pytest.raises(FileFormatError, match=message):
         load(path)
 
