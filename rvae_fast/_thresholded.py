@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -17,18 +18,18 @@ from rvae_fast._validation import check_share_of_rows
 Self = TypeVar("Self", bound="Thresholded")
 
 
-class Thresholded(OutlierMixin, BaseEstimator):  # type: ignore[misc]
+class Thresholded(OutlierMixin, BaseEstimator, ABC):  # type: ignore[misc]
     """A detector with ``score_samples`` and, once fitted, ``offset_``."""
 
     offset_: float
 
+    @abstractmethod
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score rows, higher being more normal ``[n_rows]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_threshold(self) -> None:
         """Raise a NotFittedError unless there is a threshold, and it is one of the scores that are taken now."""
-        raise NotImplementedError
 
     def score_chunks(self, parts: Iterable[Any]) -> Iterator[NDArray[np.float64]]:
         """Score an iterable of tables chunk by chunk, for data that never are in memory together.
