@@ -30,6 +30,18 @@ TILE = 64
 SLACK = 1e-5
 
 
+def leading(rows: Tensor, count: int) -> Tensor | None:
+    """The leading principal directions ``[width, count]`` of rows about their mean.
+
+    None of rows so few, or so narrow, that comparing them in full costs no more.
+    """
+    if len(rows) < FEW or rows.shape[1] < 2 * count:
+        return None
+    sample = rows[:: -(-len(rows) // SAMPLE)]
+    found = torch.linalg.eigh((sample.T @ sample).double()).eigenvectors[:, -count:]
+    return found.to(rows.dtype).contiguous()
+
+
 class Neighbours:
     """Rows to be searched for the nearest of others.
 
@@ -43,11 +55,8 @@ class Neighbours:
 
     def __init__(self, rows: Tensor, squares: Tensor) -> None:
         self.rows, self.squares = rows, squares
-        self.axes: Tensor | None = None
-        if len(rows) >= FEW and rows.shape[1] >= 2 * HEAD:
-            sample = rows[:: -(-len(rows) // SAMPLE)]
-            found = torch.linalg.eigh((sample.T @ sample).double()).eigenvectors[:, -HEAD:]
-            self.axes = found.to(rows.dtype).contiguous()
+        self.axes = leading(rows, HEAD)
+        if self.axes is not None:
             head = rows @ self.axes
             # |f|^2 - 2 h.f is one product where the squares are a column more.
             self.head = torch.cat([-2.0 * head, head.square().sum(1, keepdim=True)], 1)

@@ -9,10 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rvae_fast._neighbours import Neighbours
+from rvae_fast._neighbours import Neighbours, leading
+from rvae_fast.ops.planes import PackedPlanes, covered
 
 #: Rows whose mean distance stands for the density around a row.
 NEAREST = 10
+
+#: Principal directions that the native search goes by. It needs fewer than PyTorch's, its bounds being narrower.
+DIRECTIONS = 64
 
 #: A neighbour nearer than this, in units of the mean squared distance to all of them, is the row itself.
 SAME = 1e-6
@@ -39,7 +43,8 @@ class Planes:
     def __init__(self, features: Tensor, squares: Tensor, middle: Tensor, neighbours: int, penalty: float) -> None:
         self.features, self.squares, self.middle = features, squares, middle
         self.neighbours, self.penalty = neighbours, penalty
-        self.search = Neighbours(features, squares)
+        self._search: Neighbours | None = None
+        self._packed: PackedPlanes | None = None
 
     @classmethod
     def of(cls, rows: Tensor, neighbours: int, penalty: float) -> Planes:
@@ -59,8 +64,13 @@ class Planes:
         neighbours : Tensor [n, k] int64
             By number, the nearest first; none is the row itself.
         """
-        h = h.to(self.features.dtype) - self.middle
-        apart, found = self.search(h, self.neighbours + 1)
+        h = h.to(self.features.dtype)
+        if covered():
+            return self._native()(h)
+        h = h - self.middle
+        if self._search is None:
+            self._search = Neighbours(self.features, self.squares)
+        apart, found = self._search(h, self.neighbours + 1)
         itself = apart[:, 0].square() <= SAME * apart.square().mean(1)
         nearest = torch.where(itself[:, None], found[:, 1:], found[:, :-1])
         mean = torch.where(itself[:, None], apart[:, 1:], apart[:, :-1])[:, :NEAREST].double().mean(1)
@@ -74,3 +84,13 @@ class Planes:
         point = torch.cholesky_solve(right, torch.linalg.cholesky(products)).to(around.dtype)
         residual = target - (point.transpose(1, 2) @ around)[:, 0]
         return residual.double().square().sum(1), mean, nearest
+
+    def looks_at_rows_one_by_one(self) -> bool:
+        """Whether what is found for a row is the same, to the bit, however many others come with it."""
+        return covered()
+
+    def _native(self) -> PackedPlanes:
+        if self._packed is None:
+            axes = leading(self.features, DIRECTIONS)
+            self._packed = PackedPlanes(self.features, self.squares, self.middle, axes, self.neighbours, self.penalty)
+        return self._packed

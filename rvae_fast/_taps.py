@@ -50,3 +50,25 @@ def taps(model: Autoencoder, pathway: str) -> Tensor:
         elif isinstance(module, Activation):
             add(modules[modules.index(module) - 2].out_features)
     return torch.tensor(found, dtype=torch.int64)
+
+
+def ends(model: Autoencoder) -> dict[int, tuple[int, int]]:
+    """By a number of modules of the encoder, the step that ends with what they make of a row, and its width.
+
+    Only those that end where a step does: with a stack of residual units, an activation, or a linear layer that nothing
+    but the next stage or the code reads.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    step, width = 0, model.in_features
+    modules: list[Any] = list(model.encoder)
+    for i, module in enumerate(modules):
+        if isinstance(module, ResidualStack):
+            units: list[Any] = list(module)
+            step += sum(len(unit.linears) for unit in units)
+        elif isinstance(module, nn.Linear):
+            step, width = step + 1, module.out_features
+        following = modules[i + 1] if i + 1 < len(modules) else None
+        folded = isinstance(module, nn.Linear) and not isinstance(following, (ResidualStack, nn.Linear, type(None)))
+        if not folded and not isinstance(module, nn.BatchNorm1d):
+            found[i + 1] = (step, width)
+    return found

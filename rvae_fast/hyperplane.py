@@ -27,6 +27,7 @@ a row that is easy to reconstruct is not more normal for that.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,11 +39,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._architecture import positive_int
+from rvae_fast._inside import Inside
 from rvae_fast._planes import Planes, distinct, parts_of
 from rvae_fast._whitening import NAP, Moments, check_share
-from rvae_fast.local import ROUNDING, columns_of, observer, places, sample_rows
+from rvae_fast.local import ROUNDING, sample_rows
 from rvae_fast.models import Autoencoder, in_eval
-from rvae_fast.nn import ResidualStack
 from rvae_fast.rapp import TILE, scored_parts
 from rvae_fast.scoring import map_rows
 
@@ -67,6 +68,8 @@ RIDGE = 1.0
 #: other would be infinitely far.
 FLOOR = 1e-4
 
+#: Rows that NAP's product takes at a time.
+ROWS = 32
 
 _ARRAYS = ("features", "squares", "middle", "log_distances", "center", "scale", "floors", "weights")
 
@@ -78,7 +81,7 @@ class Hyperplane:
     Attributes
     ----------
     features : ndarray [m, width] float32
-        What the encoder makes of them at the place that counts (see :func:`depth`), less ``middle``.
+        What the encoder makes of them at the place that counts (see :func:`rvae_fast._inside.depth`), less ``middle``.
     squares : ndarray [m] float32
         Sums of their squares.
     middle : ndarray [width] float32
@@ -109,11 +112,18 @@ class Hyperplane:
     neighbours: int
     penalty: float
 
+    @functools.cached_property
+    def planes(self) -> Planes:
+        """What finds the planes: made when it is first asked for, and not saved."""
+        features, squares, middle = (torch.from_numpy(a) for a in (self.features, self.squares, self.middle))
+        return Planes(features, squares, middle, self.neighbours, self.penalty)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "planes"}
+
     def scorer(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Scores ``[n]`` fp64 of features and of differences at the last unit, as a function on the CPU."""
-        nap = self.nap.scorer(torch.device("cpu"))
-        features, squares, middle = (torch.from_numpy(a) for a in (self.features, self.squares, self.middle))
-        planes = Planes(features, squares, middle, self.neighbours, self.penalty)
+        nap, planes = self.nap.scorer(torch.device("cpu")), self.planes
         log_distances = torch.from_numpy(self.log_distances)
         center, scale, floors, weights = (
             torch.from_numpy(a) for a in (self.center, self.scale, self.floors, self.weights)
@@ -121,9 +131,12 @@ class Hyperplane:
 
         def score(features: Tensor, difference: Tensor) -> Tensor:
             squared, apart, nearest = planes(features.cpu())
-            values = torch.stack([squared, apart, nap(difference.double().cpu())], 1)
+            # Always as many rows at a time: the order that the product adds up a row's terms in may depend on it.
+            whole = torch.nn.functional.pad(difference.double().cpu(), (0, 0, 0, -len(difference) % ROWS))
+            naps = torch.cat([nap(tile) for tile in whole.split(ROWS)])[: len(difference)]
+            values = torch.stack([squared, apart, naps], 1)
             parts = parts_of(torch.log(torch.maximum(values, floors)), log_distances, nearest)
-            return ((parts - center) / scale) @ weights
+            return ((parts - center) / scale * weights).sum(1)
 
         return score
 
@@ -158,27 +171,6 @@ class Hyperplane:
         return cls(**fields, nap=nap, neighbours=k, penalty=float(arrays["penalty"][0]))
 
 
-def depth(model: Autoencoder) -> int:
-    """How many modules of ``model.encoder`` a row passes on its way to the place that counts.
-
-    Of a residual network the end of the second stage's units, before its transition; of a plain one the activation of
-    the second hidden layer. A network with no second stage or layer before the code is followed to the end of its
-    first; one without any hidden layer has its input there.
-    """
-    modules = list(model.encoder)
-    if not model.is_residual:
-        ends = [i for i, module in enumerate(modules) if isinstance(module, torch.nn.Linear)][1:]
-        return ends[min(1, len(ends) - 1)] if ends else 0
-    stages = [i + 1 for i, module in enumerate(modules) if isinstance(module, ResidualStack)]
-    return stages[min(1, len(stages) - 1)] if stages else max(0, len(modules) - 1)
-
-
-def last_unit(model: Autoencoder) -> int:
-    """Which place of the pathway ``"branches"`` is the last residual unit's; of a network without units, the code's."""
-    found = places(model)
-    return found[-1] if found else len(model.encoder) - 1
-
-
 def fit_hyperplane(
     model: Autoencoder,
     x: Any,
@@ -192,7 +184,7 @@ def fit_hyperplane(
 ) -> Hyperplane:
     """Learn what is usual among normal rows, normally those the model was trained on.
 
-    The time grows with the square of the reference rows: 50,000 of an image's take 50 s of one core.
+    The time grows with the square of the reference rows: 50,000 of an image's take 20 s of one core.
 
     Parameters
     ----------
@@ -229,15 +221,15 @@ def fit_hyperplane(
     if len(rows) < 4:
         raise ValueError(f"x must have at least 4 distinct rows to compare with each other, got {len(rows)}")
     options: dict[str, Any] = {"device": device, "precision": precision}
-    observe, width = _observer(model, options)
+    inside = Inside(model, options)
     with in_eval(model):
-        seen = map_rows(model, rows, observe, batch_size=TILE, row_tile=TILE, **options)
+        seen = map_rows(model, rows, inside, batch_size=TILE, row_tile=TILE, **options)
     if not np.isfinite(seen).all():
         raise ValueError(
             f"{np.count_nonzero(~np.isfinite(seen).all(axis=1))} reference rows overflow the network: nothing can be "
             "compared with them"
         )
-    features, differences = torch.from_numpy(seen[:, :width].astype(np.float32)), seen[:, width:]
+    features, differences = torch.from_numpy(seen[:, : inside.width].astype(np.float32)), seen[:, inside.width :]
     moments = Moments()
     moments.update(differences.copy())
     nap = moments.whiten(ridge=ridge)
@@ -307,44 +299,9 @@ def hyperplane_parts(
     model: Autoencoder, hyperplane: Hyperplane, x: Any, **options: Any
 ) -> Iterator[NDArray[np.float64]]:
     """:func:`hyperplane_scores` as a generator: one array of scores per chunk of ``x``."""
-    observe, width = _observer(model, options)
-    fitted = (hyperplane.features.shape[1], len(hyperplane.nap.mean))
-    ((start, stop),) = columns_of(model, [last_unit(model)])
-    if fitted != (width, stop - start):
-        raise ValueError(
-            f"hyperplane was fitted to places of widths {fitted}; this model has {(width, stop - start)} there"
-        )
-    compare = hyperplane.scorer()
-
-    def score(rows: Tensor) -> Tensor:
-        seen = observe(rows)
-        return compare(seen[:, :width], seen[:, width:])
-
-    return scored_parts(model, x, score, options)
-
-
-# --- private ---
-
-
-def _observer(model: Autoencoder, options: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Rows to their features and their differences at the last unit, side by side; and the features' width."""
-    wanted = [last_unit(model)]
-    look = observer(model, columns_of(model, wanted), wanted, options)
-    way = list(model.encoder)[: depth(model)]
-
-    def features(rows: Tensor) -> Tensor:
-        h = rows
-        for module in way:
-            h = module(h)
-        return h
-
-    def observe(rows: Tensor) -> Tensor:
-        difference = look(rows)[:, 1 + model.latent_features :]
-        h = features(rows)
-        return torch.cat([h.to(difference.dtype), difference], 1)
-
-    weight = next(model.parameters())
-    nothing = torch.zeros(1, model.in_features, dtype=weight.dtype, device=weight.device)
-    with torch.no_grad(), in_eval(model):
-        width = features(nothing).shape[1]
-    return observe, width
+    inside = Inside(model, options)
+    fitted, here = (hyperplane.features.shape[1], len(hyperplane.nap.mean)), (inside.width, inside.stop - inside.start)
+    if fitted != here:
+        raise ValueError(f"hyperplane was fitted to places of widths {fitted}; this model has {here} there")
+    row_tile = max(inside.row_tile, 1 if hyperplane.planes.looks_at_rows_one_by_one() else TILE)
+    return scored_parts(model, x, inside.on(hyperplane.scorer()), options, row_tile=row_tile)

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._architecture import positive_int
+from rvae_fast._taps import taps
 from rvae_fast._whitening import NAP, Moments, check_share
 from rvae_fast.models import Autoencoder, in_eval
 from rvae_fast.nn import ResidualStack
@@ -296,12 +297,8 @@ def sample_rows(x: Any, size: int) -> NDArray[Any]:
 
 def columns_of(model: Autoencoder, wanted: Sequence[int]) -> list[tuple[int, int]]:
     """Of the ``wanted`` places, first and last column among the differences of all places."""
-    weight = next(model.parameters())
-    nothing = torch.zeros(1, model.in_features, dtype=weight.dtype, device=weight.device)
-    with torch.no_grad(), in_eval(model):
-        every = [place.shape[1] for place in hidden(model, nothing, "branches")]
-    ends = np.cumsum([0, *every]).tolist()
-    return [(ends[i], ends[i + 1]) for i in wanted]
+    every = [(column, column + width) for _, column, width, _ in taps(model, "branches").tolist()]
+    return [every[i] for i in wanted]
 
 
 def _widths(columns: Sequence[tuple[int, int]]) -> list[int]:

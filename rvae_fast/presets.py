@@ -44,7 +44,7 @@ def preset(name: str) -> dict[str, Any]:
         ``"image"`` is the article's network and its 200 epochs (10 layers a side, bottleneck 20, batches of 256);
         the measurements behind the choice are in ``docs/notes/defaults.md``. ``"image-hyperplane"`` is that network
         after 12 epochs, scored by :mod:`rvae_fast.hyperplane`: mean AUROC .936 over MNIST's ten digits, where the
-        error has .847, for a saved detector five times as large and .9 ms of a core a row. That is of 38,000 rows to
+        error has .847, for a saved detector five times as large and .3 ms of a core a row. That is of 38,000 rows to
         learn from and to compare with; with 12,000 more to compare with it has .939, and two of these networks, one
         trained at half the learning rate, .944 (``docs/results/README.md``). The two, for twice the time and the file,
         are ``"image-two-rates"``, for an :class:`~rvae_fast.EnsembleDetector`; by the 38,000 alone it was not measured.

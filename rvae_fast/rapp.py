@@ -249,12 +249,12 @@ def _observer(
 
 
 def scored_parts(
-    model: Autoencoder, x: Any, score: Callable[[Tensor], Tensor], options: dict[str, Any]
+    model: Autoencoder, x: Any, score: Callable[[Tensor], Tensor], options: dict[str, Any], *, row_tile: int = TILE
 ) -> Iterator[NDArray[np.float64]]:
-    """``score`` of a table's rows, tile by tile: one array per chunk of ``x``."""
+    """``score`` of a table's rows, tile by tile, each filled up to ``row_tile`` rows: one array per chunk of ``x``."""
     for part in _parts(x):
         with in_eval(model):
-            scores = map_rows(model, part, score, batch_size=TILE, row_tile=TILE, **options)
+            scores = map_rows(model, part, score, batch_size=TILE, row_tile=row_tile, **options)
         # An overflow anywhere on the way: the network has never seen anything like this row.
         scores[~np.isfinite(scores)] = np.inf
         yield scores

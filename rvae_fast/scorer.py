@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rvae_fast import _native
 from rvae_fast._activations import ACTIVATIONS, Activation
 from rvae_fast._program import steps_of, write
-from rvae_fast._taps import COVERED, taps
+from rvae_fast._taps import COVERED, ends, taps
 from rvae_fast._validation import check_choice
 from rvae_fast.models import MODELS, Autoencoder
 from rvae_fast.nn import ResidualBlock, ResidualStack, Transition
@@ -33,7 +33,7 @@ _library.define(
 _library.define(
     "score_pathway(Tensor x, Tensor program, Tensor weights, Tensor vectors, Tensor taps, int latent, "
     "bool variational, float low, float high, str likelihood, int activation, float negative_slope, bool bf16, "
-    "bool include_input, bool want_latent, bool want_differences) -> Tensor[]"
+    "bool include_input, bool want_latent, bool want_differences, int value_step, int value_width) -> Tensor[]"
 )
 _library.define("score_products(Tensor program, Tensor weights, int rows, bool bf16) -> ()")
 _library.define("score_state(Tensor[] tensors) -> int")
@@ -73,6 +73,8 @@ class PathwayScores(NamedTuple):
     sap: Tensor
     #: The differences, place beside place ``[batch, D]`` fp32.
     differences: Tensor | None
+    #: What the first modules of the encoder make of the rows ``[batch, width]`` fp32.
+    inside: Tensor | None
 
 
 class Scorer:
@@ -110,6 +112,7 @@ class Scorer:
         program, weights, vectors = write(steps_of(model), precision == "bf16")
         self._program = (program, weights, vectors)
         self._taps = {name: taps(model, name) for name in COVERED}
+        self._ends = ends(model)
         self._options = (
             model.latent_features, model.is_variational, *config["logvar_range"], model.likelihood,
             ACTIVATIONS.index(config["activation"]), config["negative_slope"], precision == "bf16",
@@ -168,6 +171,7 @@ class Scorer:
         include_input: bool = True,
         latent: bool = False,
         differences: bool = False,
+        inside: int = 0,
     ) -> PathwayScores:
         """Compare rows with their reconstructions inside the encoder, see :func:`rvae_fast.pathway.differences`.
 
@@ -184,20 +188,28 @@ class Scorer:
             Whether the reconstruction's difference from the row itself comes first.
         latent, differences : bool, default False
             Whether they are wanted.
+        inside : int, default 0
+            How many modules of ``model.encoder`` the rows pass to what is wanted beside it; none unless given. They end
+            with a whole stack of units, an activation or a transition.
 
         Raises
         ------
         TypeError, ValueError
-            As :meth:`detailed`; also for another pathway.
+            As :meth:`detailed`; also for another pathway, and for modules that end nowhere.
         """
         self._check(x)
         check_choice("pathway", pathway, self.pathways)
         if self._model is not None:
-            return self._pathway_by_reference(x, pathway, include_input, latent, differences)
-        error, code, sap, written = _pathway_op(
-            x, *self._program, self._taps[pathway], *self._options, include_input, latent, differences
+            return self._pathway_by_reference(x, pathway, include_input, latent, differences, inside)
+        if inside and inside not in self._ends:
+            raise ValueError(f"inside must be 0 or among {', '.join(map(str, self._ends))}, got {inside!r}")
+        error, code, sap, written, values = _pathway_op(
+            x, *self._program, self._taps[pathway], *self._options, include_input, latent, differences,
+            *(self._ends[inside] if inside else (0, 0)),
+        )  # fmt: skip
+        return PathwayScores(
+            error, code if latent else None, sap, written if differences else None, values if inside else None
         )
-        return PathwayScores(error, code if latent else None, sap, written if differences else None)
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -209,7 +221,7 @@ class Scorer:
             raise ValueError(f"x must be on the CPU, where the scorer is, got {x.device}")
 
     def _pathway_by_reference(
-        self, x: Tensor, pathway: str, include_input: bool, latent: bool, want_differences: bool
+        self, x: Tensor, pathway: str, include_input: bool, latent: bool, want_differences: bool, inside: int
     ) -> PathwayScores:
         model = self._model
         assert model is not None
@@ -218,10 +230,14 @@ class Scorer:
             error, _ = model.loss_terms(x)
             code = model.encode(x)
             found = [d.float() for d in differences(model, x, reconstruct(model, x), pathway, include_input)]
+            there: Tensor = model.encoder[:inside](x)
         mean = code[0] if isinstance(code, tuple) else code
         beside = torch.cat(found, 1)
         sap = beside.double().square().sum(1)
-        return PathwayScores(error.float(), mean.float() if latent else None, sap, beside if want_differences else None)
+        return PathwayScores(
+            error.float(), mean.float() if latent else None, sap, beside if want_differences else None,
+            there.float() if inside else None,
+        )  # fmt: skip
 
     def _by_reference(self, x: Tensor, kld: bool, latent: bool, reconstruction: bool, feature_error: bool) -> Scores:
         model = self._model

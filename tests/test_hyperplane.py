@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from rvae_fast._inside import depth, last_unit
 from rvae_fast._planes import NEAREST
-from rvae_fast.hyperplane import (
-    PENALTY,
-    RIDGE,
-    Hyperplane,
-    depth,
-    fit_hyperplane,
-    hyperplane_scores,
-    last_unit,
-)
+from rvae_fast.hyperplane import PENALTY, RIDGE, Hyperplane, fit_hyperplane, hyperplane_scores
 from rvae_fast.models import MODELS, Autoencoder
 from rvae_fast.pathway import hidden, reconstruct
 

@@ -1,7 +1,7 @@
 // Where the encoder of a frozen network differs for rows and for their reconstructions (RaPP's pathway, rvae_fast/pathway.py):
 // a tile goes through the network, and what that makes of it through the encoder once more. The first pass leaves its error
 // and its side of the differences, so that one and a half passes do. SAP is summed up as the tiles pass; the differences are
-// written only if they are asked for.
+// written only if they are asked for, and so is what one step of the first pass ends with, the rows' features.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -54,16 +54,24 @@ struct Differences {
   }
 };
 
-// error [n]; latent [n, latent]; SAP, the sum of the squared differences [n] fp64; the differences [n, input and taps].
+// error [n]; latent [n, latent]; SAP, the sum of the squared differences [n] fp64; the differences [n, input and taps]; the
+// value of step `value_step` in the first pass [n, value_width], of none if that is 0.
 std::vector<at::Tensor> score_pathway(const at::Tensor& x, const at::Tensor& program, const at::Tensor& weights,
                                       const at::Tensor& vectors, const at::Tensor& taps, int64_t latent, bool variational,
                                       double low, double high, std::string_view likelihood, int64_t activation, double slope,
-                                      bool bf16, bool include_input, bool want_latent, bool want_differences) {
+                                      bool bf16, bool include_input, bool want_latent, bool want_differences, int64_t value_step,
+                                      int64_t value_width) {
   const Network n = make_network(program, weights, vectors, latent, variational, low, high, likelihood, activation, slope, bf16);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == n.in_features, "score_pathway: x must have shape [batch, ", n.in_features,
                     "], got ", x.sizes());
   std::vector<Tap> by_step;
   const int64_t columns = place_taps(taps, n, by_step);
+  std::vector<Tap> value_by_step(static_cast<size_t>(n.steps));
+  if (value_width > 0) {
+    TORCH_CHECK_VALUE(value_step >= 0 && value_step < n.steps && value_width <= n.field(value_step, kOut),
+                      "score_pathway: this network has no step ", value_step, " of width ", value_width);
+    value_by_step[value_step] = {0, value_width, false};
+  }
   const Differences differences{include_input ? n.in_features : 0, columns};
   const int64_t width = differences.input + columns;
 
@@ -71,7 +79,8 @@ std::vector<at::Tensor> score_pathway(const at::Tensor& x, const at::Tensor& pro
   const int64_t count = rows.size(0);
   const at::Tensor error = at::empty({count}, rows.options()), sap = at::empty({count}, rows.options().dtype(at::kDouble)),
                    code = at::empty({want_latent ? count : 0, latent}, rows.options()),
-                   written = at::empty({want_differences ? count : 0, width}, rows.options());
+                   written = at::empty({want_differences ? count : 0, width}, rows.options()),
+                   values = at::empty({value_width > 0 ? count : 0, value_width}, rows.options());
   if (count > 0) {
     const Partition part(count, kTileRows, n.row_work());
     for_chunks(part, [&](int64_t chunk) {
@@ -86,7 +95,8 @@ std::vector<at::Tensor> score_pathway(const at::Tensor& x, const at::Tensor& pro
         out.error = error.data_ptr<float>() + begin;
         out.latent = want_latent ? code.data_ptr<float>() + begin * latent : nullptr;
         out.reconstruction = x_hat.data();
-        tile.run(own, size, out, &first);
+        const Taps value{value_by_step.data(), values.data_ptr<float>() + begin * value_width, value_width};
+        tile.run(own, size, out, &first, value_width > 0 ? &value : nullptr);
         tile.run_encoder(x_hat.data(), size, second);
         for (int64_t r = 0; r < size; ++r) {
           sap.data_ptr<double>()[begin + r] =
@@ -98,7 +108,7 @@ std::vector<at::Tensor> score_pathway(const at::Tensor& x, const at::Tensor& pro
       release_products(n.kind);
     });
   }
-  return {error, code, sap, written};
+  return {error, code, sap, written, values};
 }
 
 }  // namespace

@@ -107,21 +107,22 @@ class Tile {
     }
   }
 
-  void run(const float* x, int64_t rows, const Outputs& out, const Taps* taps = nullptr) {
+  // `values`: of one pass besides the taps, behind additions and activations; a step may have both.
+  void run(const float* x, int64_t rows, const Outputs& out, const Taps* taps = nullptr, const Taps* values = nullptr) {
     for (int64_t r = 0; r < rows; ++r) out.error[r] = 0.0f;
-    for (int64_t s = 0; s < n_.steps; ++s) step(s, x, rows, out, taps);
+    for (int64_t s = 0; s < n_.steps; ++s) step(s, x, rows, out, taps, values);
   }
 
   // As far as the code.
   void run_encoder(const float* x, int64_t rows, const Taps& taps) {
     for (int64_t s = 0; s < n_.steps; ++s) {
-      step(s, x, rows, {}, &taps);
+      step(s, x, rows, {}, &taps, nullptr);
       if (n_.field(s, kIsCode) != 0) return;
     }
   }
 
  private:
-  void step(int64_t s, const float* x, int64_t rows, const Outputs& out, const Taps* taps) {
+  void step(int64_t s, const float* x, int64_t rows, const Outputs& out, const Taps* taps, const Taps* values) {
     const Kernels& k = kernels();
     const int64_t in = n_.field(s, kIn), width = n_.field(s, kOut);
     const bool loads = n_.field(s, kWeight) < 0, last = s + 1 == n_.steps, is_code = n_.field(s, kIsCode) != 0;
@@ -138,15 +139,15 @@ class Tile {
     p.activate_first = n_.field(s, kActivateFirst) != 0;
     p.store_stream = n_.field(s, kStoreStream) != 0;
     p.activate_last = n_.field(s, kActivateLast) != 0;
-    const Tap tap = taps == nullptr ? Tap{} : taps->of_step[s];
-    const auto keep = [&](int64_t column, const float* bias) {
-      const int64_t columns = std::min(kPanel, tap.width - column);
+    const Tap tap = taps == nullptr ? Tap{} : taps->of_step[s], value = values == nullptr ? Tap{} : values->of_step[s];
+    const auto keep = [&](const Taps& of, const Tap& own, int64_t column, const float* bias) {
+      const int64_t columns = std::min(kPanel, own.width - column);
       for (int64_t r = 0; r < rows && columns > 0; ++r) {
-        float* const to = taps->to + r * taps->ld + tap.column + column;
+        float* const to = of.to + r * of.ld + own.column + column;
         for (int64_t c = 0; c < columns; ++c) to[c] = strip[r * kPanel + c] + (bias == nullptr ? 0.0f : bias[c]);
       }
     };
-    p.store_strip = last || is_code || (tap.column >= 0 && !tap.before);
+    p.store_strip = last || is_code || (tap.column >= 0 && !tap.before) || value.column >= 0;
     p.activation = n_.activation;
     p.slope = n_.slope;
     p.ld_operand = stride_;
@@ -164,9 +165,10 @@ class Tile {
       p.shift = at(n_.vector(s, kShift), column);
       p.stream = scratch_.get<float>(stream_) + column;
       p.operand = {last ? nullptr : next + column * size_of(n_.kind), n_.kind};
-      if (tap.column >= 0 && tap.before) keep(column, p.bias);
+      if (tap.column >= 0 && tap.before) keep(*taps, tap, column, p.bias);
       k.score_step(p);
-      if (tap.column >= 0 && !tap.before) keep(column, nullptr);
+      if (tap.column >= 0 && !tap.before) keep(*taps, tap, column, nullptr);
+      if (value.column >= 0) keep(*values, value, column, nullptr);
       if (is_code) {
         for (int64_t r = 0; r < rows; ++r) std::memcpy(code + r * stride_ + column, strip + r * kPanel, columns * 4);
       }

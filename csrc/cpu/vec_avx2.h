@@ -62,6 +62,8 @@ struct Vec {
     const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
     return a * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half));
   }
+  // A bit for each lane in which a <= b.
+  static uint32_t at_most(Reg a, Reg b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ))); }
   static Reg where_negative(Reg test, Reg a, Reg b) {  // test < 0 ? a : b
     return _mm256_blendv_ps(b, a, _mm256_cmp_ps(test, _mm256_setzero_ps(), _CMP_LT_OQ));
   }

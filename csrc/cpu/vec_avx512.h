@@ -59,6 +59,8 @@ struct Vec {
   static Reg abs(Reg a) { return _mm512_abs_ps(a); }
   static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg scale_by_power_of_two(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
+  // A bit for each lane in which a <= b.
+  static uint32_t at_most(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
   static Reg where_negative(Reg test, Reg a, Reg b) {  // test < 0 ? a : b
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
   }

@@ -121,6 +121,11 @@ struct Vec {
     const Bits whole = __builtin_convertvector(n, Bits), half = whole >> 1;
     return a * reinterpret((half + 127) << 23) * reinterpret((whole - half + 127) << 23);
   }
+  // A bit for each lane in which a <= b.
+  static uint32_t at_most(Reg a, Reg b) {
+    const Bits bits = (a <= b) & Bits{1, 2, 4, 8};
+    return static_cast<uint32_t>((bits[0] | bits[1]) | (bits[2] | bits[3]));
+  }
   static Reg where_negative(Reg test, Reg a, Reg b) { return test < set(0.0f) ? a : b; }  // test < 0 ? a : b
   static float sum(Reg a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
