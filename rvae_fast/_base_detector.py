@@ -11,30 +11,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from rvae_fast import _detector_options as options
 from rvae_fast._precision import resolve_device
-from rvae_fast._thresholded import Thresholded
+from rvae_fast._scored import LEARNT, Scored
 from rvae_fast._validation import check_choice, check_finite, check_table, check_unit_range, name_columns
-from rvae_fast.hyperplane import fit_hyperplane, hyperplane_parts
-from rvae_fast.local import fit_local, local_parts
 from rvae_fast.models import Autoencoder
 from rvae_fast.preprocessing import chunks, fit_scaler, scaled_table
-from rvae_fast.rapp import fit_nap, nap_parts, sap_parts
-from rvae_fast.scoring import network_rows, score_parts
+from rvae_fast.scoring import network_rows
 from rvae_fast.training import train
 
 
-class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Thresholded):  # type: ignore[misc]
+class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  # type: ignore[misc]
     """Common base of the detectors; make an :class:`~rvae_fast.RVAEDetector` or one of its siblings."""
 
     _model_class: ClassVar[type[Autoencoder]]
-
-    #: Set by an ensemble on its members: ``fit`` leaves the training rows' anomaly scores as ``_training_scores``.
-    _keeps_training_scores = False
 
     # Parameters every detector has; the classes set them in their own __init__, as scikit-learn wants it.
     scaler: str | None
@@ -43,12 +36,6 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Thresholde
     n_layers: int | None
     widths: Any
     likelihood: str
-    anomaly_score: str
-    pathway: str
-    pathway_input: bool
-    nap_tolerance: float
-    nap_ridge: float
-    contamination: float
     random_state: Any
     device: str
     precision: str
@@ -84,7 +71,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Thresholde
 
     def _learn(self, X: Any) -> NDArray[np.float64]:
         """What ``fit`` does; returns the training rows' anomaly scores."""
-        for name in ("offset_", "nap_", "local_", "hyperplane_"):  # not fitted until the end, whatever was before
+        for name in ("offset_", *LEARNT):  # not fitted until the end, whatever was before
             self.__dict__.pop(name, None)
         options.check(self)
         # One draw from a RandomState or from NumPy's global one; the same int gives the same detector.
@@ -111,24 +98,9 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Thresholde
         with scaled_table(table, self._scaled_parts(table)) as rows:
             self.history_ = train(model, rows, config, resume=self.resume)
             self.n_iter_ = len(self.history_.epochs)
-            if self.anomaly_score == "nap":
-                self.nap_ = fit_nap(
-                    model, rows, tolerance=self.nap_tolerance, ridge=self.nap_ridge, **self._pathway_options()
-                )
-                options.warn_of_few_rows(self.nap_.rank, len(rows), self.nap_ridge)
-            if self.anomaly_score == "local":
-                self.local_ = fit_local(model, rows, **self._network_options())
-            if self.anomaly_score == "hyperplane":
-                self.hyperplane_ = fit_hyperplane(model, rows, **self._network_options())
-            scores = -np.concatenate(list(self._scores(rows)))
-        if not np.isfinite(scores).all():
-            raise ValueError(
-                f"{np.count_nonzero(~np.isfinite(scores))} training rows have no finite score: the network overflows "
-                "on them; a lower learning_rate, or scaler='standard', prevents that"
+            return self._learn_score(
+                rows, "training rows", "; a lower learning_rate, or scaler='standard', prevents that"
             )
-        self._scored_by = options.scored_by(self)
-        self.offset_ = float(np.percentile(scores, 100.0 * self.contamination))
-        return -scores
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score rows, higher being more normal: minus the reconstruction error (or what ``anomaly_score`` says).
@@ -207,29 +179,6 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Thresholde
 
     def _network_options(self) -> dict[str, Any]:
         return {"device": resolve_device(self.device, self.model_), "precision": self.precision}
-
-    def _pathway_options(self) -> dict[str, Any]:
-        pathway = {"pathway": self.pathway, "include_input": self.pathway_input}
-        return {**pathway, **self._network_options()}
-
-    def _scores(self, rows: Any) -> Iterator[NDArray[np.float64]]:
-        """Anomaly scores of scaled rows (an array, or an iterable of chunks), one array a chunk."""
-        if self.anomaly_score == "sap":
-            return sap_parts(self.model_, rows, **self._pathway_options())
-        if self.anomaly_score == "nap":
-            if not hasattr(self, "nap_"):
-                raise NotFittedError("anomaly_score='nap' was set after fit, which then learnt no whitening: fit again")
-            return nap_parts(self.model_, self.nap_, rows, **self._pathway_options())
-        if self.anomaly_score == "local":
-            if not hasattr(self, "local_"):
-                raise NotFittedError("anomaly_score='local' was set after fit, which then kept no rows: fit again")
-            return local_parts(self.model_, self.local_, rows, **self._network_options())
-        if self.anomaly_score == "hyperplane":
-            if not hasattr(self, "hyperplane_"):
-                raise NotFittedError("anomaly_score='hyperplane' was set after fit, which then kept no rows: fit again")
-            return hyperplane_parts(self.model_, self.hyperplane_, rows, **self._network_options())
-        weight = getattr(self, "kld_weight", 0.0) if self.anomaly_score == "elbo" else 0.0
-        return score_parts(self.model_, rows, kld_weight=weight, **self._network_options())
 
     def _check(self, X: Any) -> NDArray[Any]:
         check_is_fitted(self)

@@ -105,8 +105,8 @@ def check_scored_by(detector: Any, fitted: dict[str, Any]) -> None:
         changed = ", ".join(f"{name}={value!r}" for name, value in now.items() if fitted.get(name, value) != value)
         was = ", ".join(f"{name}={value!r}" for name, value in fitted.items())
         raise NotFittedError(
-            f"{changed} was set after fit, whose threshold is one of {was}: fit again, place one for this score by "
-            "calibrate, or compare score_samples with one of your own"
+            f"{changed} was set after fit, whose threshold is one of {was}: learn one for this score by "
+            "fit_score, place one by calibrate, or compare score_samples with one of your own"
         )
 
 
@@ -122,7 +122,7 @@ def warn_of_few_rows(rank: int, n_rows: int, ridge: float) -> None:
             f"many of which the threshold will flag. Give it {10 * rank} rows, or nap_ridge=1.0, or take another "
             "anomaly_score",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -7,10 +7,8 @@ well: Wenzel, Snoek, Tran and Jenatton, NeurIPS 2020.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,14 +20,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from rvae_fast import _detector_options as options
 from rvae_fast._base_detector import BaseDetector
+from rvae_fast._ensemble_members import check_members, said_once, unit
 from rvae_fast._paths import replaceable
 from rvae_fast._thresholded import Thresholded
 from rvae_fast._validation import check_contamination, check_finite, check_table, check_unit_range
 from rvae_fast.detector import RVAEDetector
 from rvae_fast.preprocessing import chunks
-
-#: Scores that a normal row has about 0 of: those of several networks need no common unit.
-IN_THEIR_OWN_UNITS = ("local", "hyperplane")
 
 
 class EnsembleDetector(Thresholded):  # type: ignore[misc]
@@ -126,25 +122,67 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
         self._check_before_fit(members, table)
         self._remove_checkpoints(members)
         del table
+        self.estimators_: list[BaseDetector] = []
+
+        def fit(member: BaseDetector) -> None:
+            self.estimators_.append(member)  # before it is trained: what there is of it is not lost with an error
+            member.fit(X)  # not _learn: it may be the fit of somebody's subclass
+
+        self._learn_threshold(members, fit)
+        return self
+
+    def fit_score(self, X: Any, y: Any = None) -> EnsembleDetector:
+        """Learn anew what the members' scores take of normal rows, and the threshold; the networks stay as they are.
+
+        See :meth:`RVAEDetector.fit_score`. Each member is scored by its own parameters as they are now.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor [n_rows, n_features]
+            Normal rows.
+        y : ignored
+            Present for scikit-learn's conventions.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+        TypeError, ValueError
+            Naming the parameter or the columns at fault, what came and what was expected. The ensemble and its members
+            are then as they were before.
+        """
+        check_is_fitted(self)
+        check_contamination(self.contamination)
+        before = [member._learnt() for member in self.estimators_]
+        try:
+            self._learn_threshold(self.estimators_, lambda member: member.fit_score(X))
+        except BaseException:  # an interrupt too
+            for member, learnt in zip(self.estimators_, before, strict=True):
+                member._restore(learnt)
+            raise
+        return self
+
+    def _learn_threshold(self, members: Sequence[BaseDetector], fit: Callable[[BaseDetector], Any]) -> None:
+        """Let every member learn from the rows, by ``fit``; then what its scores are divided by, and the threshold."""
         total: Any = 0.0
         units = []
-        self.estimators_: list[BaseDetector] = []
         for member in members:
-            self.estimators_.append(member)  # before it is trained: what there is of it is not lost with an error
             member._keeps_training_scores = True
             try:
-                with _said_once(first=len(self.estimators_) == 1):
-                    member.fit(X)  # not _learn: it may be the fit of somebody's subclass
+                with said_once(first=not units):
+                    fit(member)
                 scores = member._training_scores
             finally:
                 member.__dict__.pop("_keeps_training_scores", None)
                 member.__dict__.pop("_training_scores", None)
-            units.append(_unit(member, scores))
+            units.append(unit(member, scores))
             total = total + scores / units[-1]
         self.units_ = np.array(units)
         self._scored_by = [options.scored_by(member) for member in members]
         self.offset_ = float(np.percentile(-total / len(members), 100.0 * self.contamination))
-        return self
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score rows, higher being more normal: the mean of the members' scores, each in its unit.
@@ -190,7 +228,7 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
     def _mean(self, part: Callable[[Any], NDArray[np.float64]], members: Iterable[Any]) -> NDArray[np.float64]:
         total: Any = None
         for member in members:
-            with _said_once(first=total is None):
+            with said_once(first=total is None):
                 one = part(member)
             total = one if total is None else np.add(total, one, out=total)
         return np.asarray(total / len(self.estimators_), dtype=np.float64)
@@ -255,7 +293,7 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
                 changed = ", ".join(f"{k}={v!r}" for k, v in now.items() if fitted.get(k, v) != v)
                 raise NotFittedError(
                     f"{changed} was set on estimators_[{i}] after the ensemble's fit, whose threshold and units are "
-                    "those of other scores: fit the ensemble again"
+                    "those of other scores: call fit_score of the ensemble"
                 )
 
     def __sklearn_tags__(self) -> Any:
@@ -263,42 +301,3 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
         base = RVAEDetector() if self.estimator is None else self.estimator
         tags.input_tags.allow_nan = get_tags(base).input_tags.allow_nan
         return tags
-
-
-def check_members(members: Any, base: BaseDetector) -> list[dict[str, Any]]:
-    """The parameters that are each member's own, or an error that names ``members``."""
-    if isinstance(members, (int, np.integer)) and not isinstance(members, bool):
-        if members < 1:
-            raise ValueError(f"members must be at least 1, got {members}")
-        return [{} for _ in range(int(members))]
-    if isinstance(members, (str, Mapping)) or not isinstance(members, Sequence):
-        raise TypeError(f"members must be a number or a list of dicts of parameters, got {members!r}")
-    if not members:
-        raise ValueError("members must have at least one dict of parameters, got none")
-    known = base.get_params(deep=False)
-    for i, change in enumerate(members):
-        if not isinstance(change, Mapping):
-            raise TypeError(f"members[{i}] must be a dict of parameters, got {change!r}")
-        unknown = [name for name in change if name not in known]
-        if unknown:
-            raise ValueError(
-                f"members[{i}] has {', '.join(map(repr, unknown))}, which is no parameter of {type(base).__name__}"
-            )
-    return [dict(change) for change in members]
-
-
-@contextlib.contextmanager
-def _said_once(*, first: bool) -> Iterator[None]:
-    """Silence the warnings about the table that every member would repeat."""
-    with warnings.catch_warnings():
-        if not first:
-            for message in ("constant column", "X does not have valid feature names"):
-                warnings.filterwarnings("ignore", message=message, category=UserWarning)
-        yield
-
-
-def _unit(member: BaseDetector, scores: NDArray[np.float64]) -> float:
-    if member.anomaly_score in IN_THEIR_OWN_UNITS:
-        return 1.0
-    mean = float(np.mean(scores))
-    return mean if mean > 0 else 1.0  # a table that is reconstructed without an error

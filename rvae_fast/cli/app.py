@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rvae_fast._version import __version__
-from rvae_fast.cli import calibrate, data, demo, doctor, evaluate, fit, reproduce, score
+from rvae_fast.cli import calibrate, data, demo, doctor, evaluate, fit, fit_score, reproduce, score
 
 __all__ = ["app", "main"]
 
@@ -25,6 +25,8 @@ A residual variational autoencoder learns what normal rows look like; a row that
   `rvae-fast fit normal.csv --out model.safetensors`
 - Place the threshold by other normal rows, for a rate of false alarms:
   `rvae-fast calibrate model.safetensors more.csv --false-alarms 0.01 --out calibrated.safetensors`
+- Choose another score, or more rows to compare with, without training:
+  `rvae-fast fit-score model.safetensors normal.csv --score-by hyperplane --out planes.safetensors`
 - Score other rows:
   `rvae-fast score model.safetensors new.csv --out scores.csv`
 - Measure against known anomalies:
@@ -61,6 +63,7 @@ def _root(
 
 app.command("fit")(fit.fit_command)
 app.command("score")(score.score)
+app.command("fit-score")(fit_score.fit_score)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)

@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bernoulli": ("binary cross-entropy in place of squared error", {"network": {"likelihood": "bernoulli"}}),
     "large-batch": ("effective batches of 4000 rows, 16 of 250", {"training": {"batch_size": 250, "accumulate": 16}}),
     "half-rate": ("half the learning rate", {"rate_share": 0.5}),
+    "double-rate": ("twice the learning rate", {"rate_share": 2.0}),
     "ensemble": ("three models of different seeds, scores averaged", {"members": 3}),
     # An ensemble over hyperparameters, as in Wenzel et al., NeurIPS 2020: its members differ more than by their seeds.
     "two-rates": ("two models, one at half the learning rate, scores averaged", {"parts": ("", "half-rate")}),

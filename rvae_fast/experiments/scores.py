@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rvae_fast import ensemble
+from rvae_fast._ensemble_members import IN_THEIR_OWN_UNITS as ALIKE
 from rvae_fast._taps import taps
 from rvae_fast.hyperplane import fit_hyperplane, hyperplane_scores
 from rvae_fast.local import columns_of, fit_local, local_scores, places
@@ -47,7 +47,7 @@ NAP_ROWS = 10_000
 NORMAL_ROWS = 4096
 
 #: Scores that a normal row has about 0 of, or ranks: those of several models need no common unit.
-IN_THEIR_OWN_UNITS = (*ensemble.IN_THEIR_OWN_UNITS, "rank")
+IN_THEIR_OWN_UNITS = (*ALIKE, "rank")
 
 Scored = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 

@@ -1,0 +1,160 @@
+"""What a network's rows are scored by: what that takes of normal rows, and how it is learnt anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.validation import check_is_fitted
+
+from rvae_fast import _detector_options as options
+from rvae_fast._thresholded import Self, Thresholded
+from rvae_fast._validation import check_table
+from rvae_fast.hyperplane import fit_hyperplane, hyperplane_parts
+from rvae_fast.local import fit_local, local_parts
+from rvae_fast.models import Autoencoder
+from rvae_fast.preprocessing import scaled_table
+from rvae_fast.rapp import fit_nap, nap_parts, sap_parts
+from rvae_fast.scoring import score_parts
+
+#: What the scores that take something of normal rows keep of them.
+LEARNT = ("nap_", "local_", "hyperplane_")
+
+
+class Scored(Thresholded):
+    """A detector with a network, ``model_``, and an ``anomaly_score``."""
+
+    model_: Autoencoder
+
+    #: Set by an ensemble on its members: ``fit`` leaves the training rows' anomaly scores as ``_training_scores``.
+    _keeps_training_scores = False
+
+    anomaly_score: str
+    pathway: str
+    pathway_input: bool
+    nap_tolerance: float
+    nap_ridge: float
+    contamination: float
+
+    def fit_score(self: Self, X: Any, y: Any = None) -> Self:
+        """Learn anew what the anomaly score takes of normal rows, and the threshold; the network stays as it is.
+
+        For another score of a network that is trained, and for more rows to compare with than it was trained on, which
+        ``"hyperplane"`` and ``"local"`` are the better for: rows that were held out are normal ones too.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor [n_rows, n_features]
+            Normal rows, all of them, at least 2: what was learnt of others before is forgotten. ``contamination`` says
+            how many of them are beyond the threshold.
+        y : ignored
+            Present for scikit-learn's conventions.
+
+        Returns
+        -------
+        self
+            Scoring by ``anomaly_score`` and its options as they are now.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+        TypeError, ValueError
+            Naming the parameter or the columns at fault, what came and what was expected. The detector is then as it
+            was before.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rvae_fast import RVAEDetector
+        >>> X = np.random.default_rng(0).normal(size=(500, 8))
+        >>> detector = RVAEDetector(epochs=2, random_state=0).fit(X)
+        >>> detector.set_params(anomaly_score="hyperplane").fit_score(X).score_samples(X[:2]).shape
+        (2,)
+        """
+        scores = self._relearn(X)
+        if self._keeps_training_scores:
+            self._training_scores = scores
+        return self
+
+    def _network_options(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _scaled_parts(self, table: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+        raise NotImplementedError
+
+    def _pathway_options(self) -> dict[str, Any]:
+        pathway = {"pathway": self.pathway, "include_input": self.pathway_input}
+        return {**pathway, **self._network_options()}
+
+    def _relearn(self, X: Any) -> NDArray[np.float64]:
+        """What ``fit_score`` does; returns the rows' anomaly scores."""
+        check_is_fitted(self)
+        options.check(self)
+        table = check_table(self, X, reset=False, min_rows=2)
+        before = self._learnt()
+        try:
+            with scaled_table(table, self._scaled_parts(table)) as rows:
+                return self._learn_score(rows, "rows", "")
+        except BaseException:  # an interrupt too
+            self._restore(before)
+            raise
+
+    def _learnt(self) -> dict[str, Any]:
+        """What ``fit_score`` replaces."""
+        return {name: self.__dict__[name] for name in (*LEARNT, "offset_", "_scored_by") if name in self.__dict__}
+
+    def _restore(self, learnt: dict[str, Any]) -> None:
+        for name in self._learnt():
+            del self.__dict__[name]
+        self.__dict__.update(learnt)
+
+    def _learn_score(self, rows: Any, what: str, advice: str) -> NDArray[np.float64]:
+        """What the score takes of normal rows, scaled, and the threshold; returns their anomaly scores."""
+        model = self.model_
+        if self.anomaly_score == "nap":
+            self.nap_ = fit_nap(
+                model, rows, tolerance=self.nap_tolerance, ridge=self.nap_ridge, **self._pathway_options()
+            )
+            options.warn_of_few_rows(self.nap_.rank, len(rows), self.nap_ridge)
+        if self.anomaly_score == "local":
+            self.local_ = fit_local(model, rows, **self._network_options())
+        if self.anomaly_score == "hyperplane":
+            self.hyperplane_ = fit_hyperplane(model, rows, **self._network_options())
+        scores = np.concatenate(list(self._scores(rows)))
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"{np.count_nonzero(~np.isfinite(scores))} {what} have no finite score: the network overflows on them"
+                f"{advice}"
+            )
+        self._scored_by = options.scored_by(self)
+        self.offset_ = float(np.percentile(-scores, 100.0 * self.contamination))
+        return scores
+
+    def _scores(self, rows: Any) -> Iterator[NDArray[np.float64]]:
+        """Anomaly scores of scaled rows (an array, or an iterable of chunks), one array a chunk."""
+        if self.anomaly_score == "sap":
+            return sap_parts(self.model_, rows, **self._pathway_options())
+        if self.anomaly_score == "nap":
+            if not hasattr(self, "nap_"):
+                raise _not_learnt("nap")
+            return nap_parts(self.model_, self.nap_, rows, **self._pathway_options())
+        if self.anomaly_score == "local":
+            if not hasattr(self, "local_"):
+                raise _not_learnt("local")
+            return local_parts(self.model_, self.local_, rows, **self._network_options())
+        if self.anomaly_score == "hyperplane":
+            if not hasattr(self, "hyperplane_"):
+                raise _not_learnt("hyperplane")
+            return hyperplane_parts(self.model_, self.hyperplane_, rows, **self._network_options())
+        weight = getattr(self, "kld_weight", 0.0) if self.anomaly_score == "elbo" else 0.0
+        return score_parts(self.model_, rows, kld_weight=weight, **self._network_options())
+
+
+def _not_learnt(score: str) -> NotFittedError:
+    return NotFittedError(
+        f"anomaly_score={score!r} was set after fit, which took nothing for it of the rows: call fit_score with normal "
+        "ones"
+    )
