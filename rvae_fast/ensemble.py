@@ -168,7 +168,7 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
     def _learn_threshold(self, members: Sequence[BaseDetector], fit: Callable[[BaseDetector], Any]) -> None:
         """Let every member learn from the rows, by ``fit``; then what its scores are divided by, and the threshold."""
         total: Any = 0.0
-        units = []
+        units: list[float] = []
         for member in members:
             member._keeps_training_scores = True
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,7 +92,8 @@ def fit_score(
     tables: list[Any] = []
     left_out = 0
     for given in data:
-        for of in split_names(part) or [None]:
+        parts: Sequence[str | None] = split_names(part) or [None]
+        for of in parts:
             with contextlib.ExitStack() as stack:
                 source = open_source(
                     given, stack, label=label, id_column=id_column, key=key, novel=novel, part=of,
