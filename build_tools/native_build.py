@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,12 @@ def _compile(found: Plan, build_folder: Path, module: Path, root: Path) -> dict[
         return json.loads((build_folder / "build_facts.json").read_text())
 
 
+def _digest(root: Path) -> str | None:
+    """Of the sources that are compiled, for the loader to compare. The package cannot be imported yet."""
+    digest: str | None = runpy.run_path(str(ROOT / "rvae_fast" / "_sources.py"))["digest"](root)
+    return digest
+
+
 def _banner(title: str, body: str) -> None:
     line = "=" * 100
     indented = textwrap.indent(body, "  ")
@@ -239,6 +246,7 @@ def build(module: Path, *, version: str, root: Path = ROOT, build_folder: Path |
             torch_cuda=found.torch.cuda,
             cxx11_abi=found.torch.cxx11_abi,
             compiler=found.compiler,
+            sources=_digest(root),
         )
         sanitized = "-sanitize" if os.environ.get("RVAE_FAST_SANITIZE") else ""
         folder = (

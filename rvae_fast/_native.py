@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rvae_fast._sources import digest
+
 _PACKAGE = Path(__file__).resolve().parent
 #: One for each interpreter, as modules are: an editable install may serve several.
 _RECORD = f"_C_build.{sys.implementation.cache_tag}.json"
@@ -140,6 +142,9 @@ def _load() -> tuple[ModuleType | None, str | None, bool]:
     if wrong:
         detail = _comparison(built, have, wrong)
         return None, f"the native module was built for another {' and '.join(wrong)}; {_REBUILD}\n{detail}", True
+    made_of, sources = built.get("sources"), digest(_PACKAGE.parent)
+    if made_of and sources and made_of != sources:
+        return None, f"the native module was built from other sources than this tree has in csrc/: {_REBUILD}", True
     try:
         import torch  # noqa: F401 - brings the libraries that the module links against into the process
 

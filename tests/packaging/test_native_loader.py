@@ -12,7 +12,7 @@ from typing import Any
 import native_build
 import pytest
 
-from rvae_fast import _native
+from rvae_fast import _native, _sources
 
 MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -98,6 +98,34 @@ def test_another_local_build_of_the_same_torch_release_is_not_refused(folder: Pa
     have = _native.running_facts()
     record(folder, torch=have["torch"].split("+")[0] + "+cu999")
     assert _native._mismatch(_native.build_record(), have) == []
+
+
+def test_a_module_of_other_sources_is_refused_before_it_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """As after a `git pull`: its ops may take other arguments than Python passes."""
+    tree = folder / "tree"
+    (tree / "csrc" / "cpu").mkdir(parents=True)
+    (tree / "csrc" / "cpu" / "op.cpp").write_text("int f();")
+    assert _sources.digest(tree) is None, "an installed package has no sources beside it"
+    (tree / "CMakeLists.txt").touch()
+    now = _sources.digest(tree)
+    assert now == _sources.digest(tree)
+    monkeypatch.setattr(_native, "_PACKAGE", tree / "rvae_fast")
+    (folder / MODULE).write_bytes(b"not an ELF file")
+    record(folder, sources="another")
+    with pytest.warns(RuntimeWarning, match="built from other sources than this tree has in csrc/: reinstall"):
+        assert not _native.is_available()
+    record(folder, sources=now)
+    with pytest.warns(RuntimeWarning, match="exists and does not load"):
+        _native.why_not()
+    (tree / "csrc" / "cpu" / "op.cpp").write_text("int f(int);")
+    with pytest.warns(RuntimeWarning, match="built from other sources"):
+        _native.why_not()
+
+
+def test_the_build_here_recorded_its_sources():
+    if not _native.build_record().get("built"):
+        pytest.skip("no native module was built here")
+    assert _native.build_record()["sources"] == native_build._digest(native_build.ROOT)
 
 
 def test_a_broken_module_warns_and_shows_both_sides(folder: Path):
