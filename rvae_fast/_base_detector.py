@@ -21,7 +21,7 @@ from rvae_fast._validation import check_choice, check_finite, check_table, check
 from rvae_fast.models import Autoencoder
 from rvae_fast.preprocessing import chunks, fit_scaler, scaled_table
 from rvae_fast.scoring import network_rows
-from rvae_fast.training import train
+from rvae_fast.training import History, train
 
 
 class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  # type: ignore[misc]
@@ -63,6 +63,9 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
             Naming the parameter or the columns at fault, what came and what was expected.
         rvae_fast.training.NonFiniteError
             When the loss or a gradient becomes NaN or infinite.
+        KeyboardInterrupt
+            By Ctrl-C, which waits for the end of a step. ``model_`` is the network as that step left it, and
+            :meth:`fit_score` of the same rows makes a fitted detector of it.
         """
         scores = self._learn(X)
         if self._keeps_training_scores:
@@ -96,7 +99,12 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
             )
         self.model_ = model.eval()
         with scaled_table(table, self._scaled_parts(table)) as rows:
-            self.history_ = train(model, rows, config, resume=self.resume)
+            try:
+                self.history_ = train(model, rows, config, resume=self.resume)
+            except KeyboardInterrupt as interrupt:  # what is trained is not lost: fit_score makes a detector of it
+                if isinstance(history := getattr(interrupt, "history", None), History):
+                    self.history_, self.n_iter_ = history, len(history.epochs)
+                raise
             self.n_iter_ = len(self.history_.epochs)
             return self._learn_score(
                 rows, "training rows", "; a lower learning_rate, or scaler='standard', prevents that"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import NotFittedError
-from sklearn.utils.validation import check_is_fitted
 
 from rvae_fast import _detector_options as options
 from rvae_fast._thresholded import Self, Thresholded
@@ -42,8 +41,9 @@ class Scored(Thresholded):
     def fit_score(self: Self, X: Any, y: Any = None) -> Self:
         """Learn anew what the anomaly score takes of normal rows, and the threshold; the network stays as it is.
 
-        For another score of a network that is trained, and for more rows to compare with than it was trained on, which
-        ``"hyperplane"`` and ``"local"`` are the better for: rows that were held out are normal ones too.
+        For another score of a network that is trained; for one whose training was interrupted; and for more rows to
+        compare with than it was trained on, which ``"hyperplane"`` and ``"local"`` are the better for: rows that were
+        held out are normal ones too.
 
         Parameters
         ----------
@@ -91,7 +91,8 @@ class Scored(Thresholded):
 
     def _relearn(self, X: Any) -> NDArray[np.float64]:
         """What ``fit_score`` does; returns the rows' anomaly scores."""
-        check_is_fitted(self)
+        if not hasattr(self, "model_"):
+            raise NotFittedError(f"this {type(self).__name__} has no network yet: call fit before fit_score")
         options.check(self)
         table = check_table(self, X, reset=False, min_rows=2)
         before = self._learnt()

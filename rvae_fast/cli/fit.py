@@ -135,6 +135,7 @@ def fit(
     **Exit status**: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     from rvae_fast.cli.defaults import starting_parameters
+    from rvae_fast.cli.interrupted import keep_what_there_is, name_columns
     from rvae_fast.cli.members import checkpoint_files, summary
     from rvae_fast.cli.run import split_names, told_of_file
     from rvae_fast.cli.source import binary_labels, frame, open_source, parse_shape
@@ -220,15 +221,16 @@ def fit(
             detector = EnsembleDetector(
                 detector, members=several, contamination=detector.contamination, random_state=seed
             )
-        with told_of_file(source.name, "--missing mean or --missing median fills NaN"):
-            detector.fit(frame(X, names))
+        try:
+            with told_of_file(source.name, "--missing mean or --missing median fills NaN"):
+                detector.fit(frame(X, names))
+        except KeyboardInterrupt:
+            if checkpoint is None:
+                keep_what_there_is(detector, frame(X, names), names, out)
+            raise
         seconds = time.perf_counter() - started
         fitted = getattr(detector, "estimators_", [detector])
-        if names is not None and not hasattr(detector, "feature_names_in_"):
-            import numpy as np
-
-            for one in {detector, *fitted}:
-                one.feature_names_in_ = np.asarray(names, dtype=object)  # without pandas, fit saw no names
+        name_columns((detector, *fitted), names)
         out.parent.mkdir(parents=True, exist_ok=True)
         save(detector, out)
         page = None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rvae_fast._stepper import Stepper
 from rvae_fast.presets import ENSEMBLES, PRESETS, preset
 from rvae_fast.serialization import load
 from tests.cli.conftest import COLUMNS, make_rows, write_csv
@@ -315,3 +316,27 @@ def test_debug_shows_the_traceback(table: Path, tmp_path: Path, run: Callable[..
     result = run("fit", table, "-o", tmp_path / "m", "--order", "middle", "--debug", code=1)
     assert "Traceback (most recent call last)" in result.stderr
     assert "error: " in result.stderr
+
+
+def test_ctrl_c_keeps_what_there_is(
+    table: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Stepper) -> None:
+        read(self)
+        if len(self.history.steps) == 3:
+            raise KeyboardInterrupt
+
+    read, out = Stepper.read, tmp_path / "m.safetensors"
+    monkeypatch.setattr(Stepper, "read", interrupted)
+    quick = ("--label", "faulty", "--id", "serial", "--epochs", 9, "--widths", 8, "--blocks", 1, "-o", out)
+    result = run("fit", table, *quick, code=130)
+    assert not out.exists()
+    kept = tmp_path / "m.interrupted.safetensors"
+    assert f"wrote {kept}; with --checkpoint" in result.stderr
+    assert result.stderr.rstrip().endswith("interrupted")
+    first = kept.read_bytes()
+    run("score", kept, table, "--id", "serial", "-o", tmp_path / "scores.csv")
+    assert "interrupted2" in run("fit", table, *quick, code=130).stderr
+    assert kept.read_bytes() == first
+    result = run("fit", table, *quick, "--checkpoint", tmp_path / "c", code=130)
+    assert "wrote" not in result.stderr, "it can be resumed"

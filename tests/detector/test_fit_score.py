@@ -12,6 +12,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 import rvae_fast.hyperplane
+from rvae_fast._stepper import Stepper
 from rvae_fast.detector import DETECTORS, RVAEDetector
 from rvae_fast.ensemble import EnsembleDetector
 from rvae_fast.serialization import load
@@ -154,3 +155,24 @@ def test_an_ensemble_whose_second_member_fails_is_as_it_was(table: np.ndarray, m
         detector.fit_score(table[:100])
     np.testing.assert_array_equal(detector.score_samples(table), scores)
     assert detector.threshold_ == threshold
+
+
+def test_of_an_interrupted_training(table: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Stepper.step
+
+    def interrupted(self: Stepper, number: int, group: Any) -> None:
+        if number == 5:  # of 2 an epoch
+            raise KeyboardInterrupt
+        step(self, number, group)
+
+    detector = RVAEDetector(**{**SMALL, "epochs": 9})
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            detector.fit(table)
+    with pytest.raises(NotFittedError):
+        detector.predict(table)
+    assert detector.n_iter_ == 2
+    assert (detector.fit_score(table).predict(table) == -1).sum() == 30
+    detector.save(tmp_path / "m")
+    np.testing.assert_array_equal(load(tmp_path / "m").score_samples(table), detector.score_samples(table))

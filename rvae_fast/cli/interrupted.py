@@ -1,0 +1,50 @@
+"""What is kept of a training that Ctrl-C ended and that has no checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rvae_fast.cli.common import note
+
+
+def name_columns(detectors: Sequence[Any], names: Sequence[str] | None) -> None:
+    """Give fitted detectors the names of their columns: without pandas, fit saw none."""
+    import numpy as np
+
+    for one in detectors:
+        if names is not None and not hasattr(one, "feature_names_in_"):
+            one.feature_names_in_ = np.asarray(names, dtype=object)
+
+
+def keep_what_there_is(detector: Any, X: Any, names: Sequence[str] | None, out: Path) -> None:
+    """Save a detector beside ``out`` whose training was interrupted, if that came to the end of an epoch.
+
+    Parameters
+    ----------
+    detector : detector
+        As the interrupted ``fit`` left it.
+    X : array-like [n_rows, n_features]
+        What it was fitted to.
+    names : sequence of str or None
+        Of the columns.
+    out : Path
+        Where the whole one would have gone: the name becomes ``NAME.interrupted.SUFFIX``, numbered where that is taken.
+    """
+    from rvae_fast.serialization import save
+
+    done = len(detector.history_.epochs) if hasattr(detector, "history_") else 0
+    if not done:
+        return
+    note(f"interrupted in epoch {done + 1}; saving what there is (Ctrl-C again: without)")
+    detector.fit_score(X)
+    name_columns([detector], names)
+    names_tried = (
+        f"{out.stem}.interrupted{number}{out.suffix}" for number in itertools.chain([""], itertools.count(2))
+    )
+    path = next(path for name in names_tried if not (path := out.with_name(name)).exists())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(detector, path)
+    note(f"wrote {path}; with --checkpoint a training can be resumed")
