@@ -44,7 +44,7 @@ from rvae_fast._planes import Planes, distinct, parts_of
 from rvae_fast._whitening import NAP, Moments, check_share
 from rvae_fast.local import ROUNDING, sample_rows
 from rvae_fast.models import Autoencoder, in_eval
-from rvae_fast.rapp import TILE, scored_parts
+from rvae_fast.rapp import GATHERED, TILE, scored_parts
 from rvae_fast.scoring import map_rows
 
 #: Rows that are kept to compare with, at most: more of them are better, and cost memory and time by their number.
@@ -223,7 +223,8 @@ def fit_hyperplane(
     options: dict[str, Any] = {"device": device, "precision": precision}
     inside = Inside(model, options)
     with in_eval(model):
-        seen = map_rows(model, rows, inside, batch_size=TILE, row_tile=TILE, **options)
+        at_once = GATHERED if inside.row_tile == 1 else TILE
+        seen = map_rows(model, rows, inside, batch_size=at_once, row_tile=inside.row_tile, **options)
     if not np.isfinite(seen).all():
         raise ValueError(
             f"{np.count_nonzero(~np.isfinite(seen).all(axis=1))} reference rows overflow the network: nothing can be "
@@ -235,7 +236,7 @@ def fit_hyperplane(
     nap = moments.whiten(ridge=ridge)
     k = min(neighbours, len(rows) - 2)
     planes = Planes.of(features, k, penalty)
-    found = [planes(tile) for tile in features.split(TILE)]
+    found = [planes(tile) for tile in features.split(GATHERED if planes.looks_at_rows_one_by_one() else TILE)]
     squared, apart, nearest = (torch.cat(tiles) for tiles in zip(*found, strict=True))
     naps = torch.from_numpy(((differences - nap.mean) @ nap.whitening) ** 2 @ np.ones(nap.rank))
     values = torch.stack([squared, apart, naps], 1)

@@ -32,6 +32,7 @@ from rvae_fast.scoring import _parts, map_rows
 TILE = 256
 
 #: Rows whose differences are gathered before they enter the covariance: fewer would make its additions the main cost.
+#: As many go through kernels to which a row is the same however many come with it: there is work for many threads.
 GATHERED = 16 * TILE
 
 
@@ -252,9 +253,10 @@ def scored_parts(
     model: Autoencoder, x: Any, score: Callable[[Tensor], Tensor], options: dict[str, Any], *, row_tile: int = TILE
 ) -> Iterator[NDArray[np.float64]]:
     """``score`` of a table's rows, tile by tile, each filled up to ``row_tile`` rows: one array per chunk of ``x``."""
+    batch_size = GATHERED if row_tile == 1 else TILE
     for part in _parts(x):
         with in_eval(model):
-            scores = map_rows(model, part, score, batch_size=TILE, row_tile=row_tile, **options)
+            scores = map_rows(model, part, score, batch_size=batch_size, row_tile=row_tile, **options)
         # An overflow anywhere on the way: the network has never seen anything like this row.
         scores[~np.isfinite(scores)] = np.inf
         yield scores
