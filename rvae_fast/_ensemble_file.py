@@ -82,6 +82,7 @@ def restore_ensemble(path: Path, document: dict[str, Any], tensors: dict[str, Te
     )
     ensemble.estimators_ = members
     ensemble._scored_by = [scored_by(member) for member in members]
+    ensemble._times_learnt = [member._times_learnt for member in members]
     ensemble.units_ = np.array(units, dtype=np.float64)
     ensemble.offset_ = float(document["offset"])
     ensemble.n_features_in_ = members[0].n_features_in_

@@ -31,6 +31,9 @@ class Scored(Thresholded):
     #: Set by an ensemble on its members: ``fit`` leaves the training rows' anomaly scores as ``_training_scores``.
     _keeps_training_scores = False
 
+    #: How often what the score takes of rows was learnt: an ensemble looks whether it was since.
+    _times_learnt = 0
+
     anomaly_score: str
     pathway: str
     pathway_input: bool
@@ -105,7 +108,11 @@ class Scored(Thresholded):
 
     def _learnt(self) -> dict[str, Any]:
         """What ``fit_score`` replaces."""
-        return {name: self.__dict__[name] for name in (*LEARNT, "offset_", "_scored_by") if name in self.__dict__}
+        return {
+            name: self.__dict__[name]
+            for name in (*LEARNT, "offset_", "_scored_by", "_times_learnt")
+            if name in self.__dict__
+        }
 
     def _restore(self, learnt: dict[str, Any]) -> None:
         for name in self._learnt():
@@ -131,6 +138,7 @@ class Scored(Thresholded):
                 f"{advice}"
             )
         self._scored_by = options.scored_by(self)
+        self._times_learnt += 1
         self.offset_ = float(np.percentile(-scores, 100.0 * self.contamination))
         return scores
 

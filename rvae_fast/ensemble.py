@@ -182,6 +182,7 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
             total = total + scores / units[-1]
         self.units_ = np.array(units)
         self._scored_by = [options.scored_by(member) for member in members]
+        self._times_learnt = [member._times_learnt for member in members]
         self.offset_ = float(np.percentile(-total / len(members), 100.0 * self.contamination))
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
@@ -294,6 +295,11 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
                 raise NotFittedError(
                     f"{changed} was set on estimators_[{i}] after the ensemble's fit, whose threshold and units are "
                     "those of other scores: call fit_score of the ensemble"
+                )
+            if self.estimators_[i]._times_learnt != self._times_learnt[i]:
+                raise NotFittedError(
+                    f"estimators_[{i}] was fitted by itself after the ensemble, whose threshold and units are those of "
+                    "other scores: call fit_score of the ensemble"
                 )
 
     def __sklearn_tags__(self) -> Any:

@@ -139,6 +139,22 @@ def test_an_ensemble(table: np.ndarray) -> None:
     assert not any(hasattr(member, "_training_scores") for member in detector.estimators_)
 
 
+def test_a_member_that_learnt_by_itself(table: np.ndarray, tmp_path: Path) -> None:
+    detector = EnsembleDetector(RVAEDetector(**{**SMALL, "random_state": None}), members=2, random_state=0).fit(table)
+    detector.save(tmp_path / "m")
+    before = detector.predict(table)
+    for ensemble in (detector, load(tmp_path / "m")):
+        np.testing.assert_array_equal(ensemble.predict(table), before)
+        ensemble.estimators_[1].fit_score(table[:100])
+        with pytest.raises(NotFittedError, match=r"estimators_\[1\] was fitted by itself after the ensemble"):
+            ensemble.predict(table)
+        with pytest.raises(ValueError, match="minimum of 2"):
+            ensemble.fit_score(table[:1])
+        with pytest.raises(NotFittedError, match=r"estimators_\[1\]"):
+            ensemble.predict(table)
+        np.testing.assert_array_equal(ensemble.fit_score(table).predict(table), before)
+
+
 def test_an_ensemble_whose_second_member_fails_is_as_it_was(table: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     base = RVAEDetector(**{**SMALL, "random_state": None}, anomaly_score="hyperplane")
     detector = EnsembleDetector(base, members=2, random_state=0).fit(table)
