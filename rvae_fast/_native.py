@@ -142,7 +142,8 @@ def _load() -> tuple[ModuleType | None, str | None, bool]:
     if wrong:
         detail = _comparison(built, have, wrong)
         return None, f"the native module was built for another {' and '.join(wrong)}; {_REBUILD}\n{detail}", True
-    made_of, sources = built.get("sources"), digest(_PACKAGE.parent)
+    # An experimental build, in a folder of its own, may well have others.
+    made_of, sources = built.get("sources"), digest(_PACKAGE.parent) if _folder() == _PACKAGE else None
     if made_of and sources and made_of != sources:
         return None, f"the native module was built from other sources than this tree has in csrc/: {_REBUILD}", True
     try:

@@ -109,12 +109,19 @@ def test_a_module_of_other_sources_is_refused_before_it_is_loaded(folder: Path, 
     (tree / "CMakeLists.txt").touch()
     now = _sources.digest(tree)
     assert now == _sources.digest(tree)
-    monkeypatch.setattr(_native, "_PACKAGE", tree / "rvae_fast")
     (folder / MODULE).write_bytes(b"not an ELF file")
     record(folder, sources="another")
+    with pytest.warns(RuntimeWarning, match="exists and does not load"):  # a folder of its own: an experiment
+        _native.why_not()
+    package = tree / "rvae_fast"
+    package.mkdir()
+    monkeypatch.delenv("RVAE_FAST_NATIVE_DIR")
+    monkeypatch.setattr(_native, "_PACKAGE", package)
+    (package / MODULE).write_bytes(b"not an ELF file")
+    record(package, sources="another")
     with pytest.warns(RuntimeWarning, match="built from other sources than this tree has in csrc/: reinstall"):
         assert not _native.is_available()
-    record(folder, sources=now)
+    record(package, sources=now)
     with pytest.warns(RuntimeWarning, match="exists and does not load"):
         _native.why_not()
     (tree / "csrc" / "cpu" / "op.cpp").write_text("int f(int);")
