@@ -2,8 +2,8 @@
 
 The reference rows are like an image network's features: 593 columns, whose variance falls so that 96 directions of them
 hold 99.5 %. Beside the kernel the same by PyTorch, whose search goes by bounds too, and the search alone, every row
-compared with every other, by scikit-learn's ``NearestNeighbors`` (brute force, fp32) and by a product and ``topk``. Last
-the kernel's own product, 64 directions, by a plain product, which writes its result (51 MB of 256 rows) where the
+compared with every other, by scikit-learn's ``NearestNeighbors`` (brute force, fp32) and by a product and ``topk``.
+Last the kernel's own product, 64 directions, by a plain product, which writes its result (51 MB of 256 rows) where the
 kernel does not: for one row it is the floor, reading the reference once.
 """
 

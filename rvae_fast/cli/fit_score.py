@@ -32,7 +32,11 @@ def fit_score(
     model: ModelArgument,
     data: Annotated[
         list[str],
-        typer.Argument(help="Files of normal rows, or built-in data sets: all of them together.", show_default=False),
+        typer.Argument(
+            help="Files of normal rows, or built-in data sets: all of them together.",
+            show_default=False,
+            metavar="DATA...",
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Where to write the model; with --force it may be the same file.")
