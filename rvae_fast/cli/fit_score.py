@@ -35,7 +35,7 @@ def fit_score(
         typer.Argument(
             help="Files of normal rows, or built-in data sets: all of them together.",
             show_default=False,
-            metavar="DATA...",
+            metavar="DATA",
         ),
     ],
     out: Annotated[
