@@ -24,8 +24,8 @@ def depth(model: Autoencoder) -> int:
     """
     modules = list(model.encoder)
     if not model.is_residual:
-        ends = [i for i, module in enumerate(modules) if isinstance(module, torch.nn.Linear)][1:]
-        return ends[min(1, len(ends) - 1)] if ends else 0
+        next_layers = [i for i, module in enumerate(modules) if isinstance(module, torch.nn.Linear)][1:]
+        return next_layers[min(1, len(next_layers) - 1)] if next_layers else 0
     stages = [i + 1 for i, module in enumerate(modules) if isinstance(module, ResidualStack)]
     return stages[min(1, len(stages) - 1)] if stages else max(0, len(modules) - 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,11 +83,13 @@ class Scored(Thresholded):
             self._training_scores = scores
         return self
 
+    @abstractmethod
     def _network_options(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """``device`` and ``precision`` of the network, for what scores rows."""
 
+    @abstractmethod
     def _scaled_parts(self, table: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
-        raise NotImplementedError
+        """Chunks of a checked table as the network takes them."""
 
     def _pathway_options(self) -> dict[str, Any]:
         pathway = {"pathway": self.pathway, "include_input": self.pathway_input}

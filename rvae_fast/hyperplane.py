@@ -249,11 +249,13 @@ def fit_hyperplane(
     center, scale = own.mean(axis=0), own.std(axis=0)
     if not (scale > ROUNDING).all():
         raise ValueError("the reference rows do not differ inside the network: no unit to score in")
-    return Hyperplane(
+    fitted = Hyperplane(
         features=planes.features.numpy(), squares=planes.squares.numpy(), middle=planes.middle.numpy(),
         log_distances=log_distances.numpy(), nap=nap, center=center, scale=scale, floors=floors.numpy(),
         weights=np.array(WEIGHTS), neighbours=k, penalty=float(penalty),
     )  # fmt: skip
+    fitted.__dict__["planes"] = planes  # of the same arrays: the directions need not be found again
+    return fitted
 
 
 def hyperplane_scores(

@@ -102,6 +102,7 @@ class Scorer:
         self.latent_features = model.latent_features
         self.precision = precision
         self._likelihood = model.likelihood
+        self._ends = ends(model)
         self._model: Autoencoder | None = None
         if not _covers(model):
             self.backend, self.pathways = "reference", tuple(PATHWAYS)
@@ -112,7 +113,6 @@ class Scorer:
         program, weights, vectors = write(steps_of(model), precision == "bf16")
         self._program = (program, weights, vectors)
         self._taps = {name: taps(model, name) for name in COVERED}
-        self._ends = ends(model)
         self._options = (
             model.latent_features, model.is_variational, *config["logvar_range"], model.likelihood,
             ACTIVATIONS.index(config["activation"]), config["negative_slope"], precision == "bf16",
@@ -199,10 +199,10 @@ class Scorer:
         """
         self._check(x)
         check_choice("pathway", pathway, self.pathways)
-        if self._model is not None:
-            return self._pathway_by_reference(x, pathway, include_input, latent, differences, inside)
         if inside and inside not in self._ends:
             raise ValueError(f"inside must be 0 or among {', '.join(map(str, self._ends))}, got {inside!r}")
+        if self._model is not None:
+            return self._pathway_by_reference(x, pathway, include_input, latent, differences, inside)
         error, code, sap, written, values = _pathway_op(
             x, *self._program, self._taps[pathway], *self._options, include_input, latent, differences,
             *(self._ends[inside] if inside else (0, 0)),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rvae_fast import _backend, freeze
-from rvae_fast._taps import COVERED
+from rvae_fast._taps import COVERED, ends
 from rvae_fast.models import MODELS, Autoencoder
 from rvae_fast.ops import residual_stack
 from rvae_fast.pathway import PATHWAYS, differences, reconstruct
@@ -80,6 +80,31 @@ def test_differences_are_those_of_the_model(kind: str, pathway: str, include_inp
 
 @needs_native
 @needs_bf16
+@pytest.mark.parametrize("double", [False, True], ids=["native", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_first_modules_make_of_rows(kind: str, double: bool) -> None:
+    model, x = trained(kind), torch.rand(70, 35)
+    scorer = freeze(model.double() if double else model, "fp32")
+    found = ends(model)
+    assert len(model.encoder) in found, "the code's layer"
+    if double:
+        assert scorer.backend == "reference"
+    for inside, (_, width) in found.items():
+        for pathway in ("branches", "units"):  # with a tap at the same step and without one
+            got = scorer.pathway(x, pathway, inside=inside, differences=True)
+            with torch.no_grad():
+                expected = copy.deepcopy(model).double().encoder[:inside](x.double())
+            assert got.inside is not None
+            assert got.inside.shape == (70, width)
+            torch.testing.assert_close(got.inside.double(), expected, rtol=1e-4, atol=1e-4)
+            plain = scorer.pathway(x, pathway, differences=True)
+            assert plain.inside is None
+            assert torch.equal(got.differences, plain.differences)  # type: ignore[arg-type]
+            assert torch.equal(got.error, plain.error)
+    with pytest.raises(ValueError, match=r"inside must be 0 or among .*, got 99"):
+        scorer.pathway(x, inside=99)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_differs_by_bf16(kind: str) -> None:
     model, x = trained(kind), torch.rand(131, 35)

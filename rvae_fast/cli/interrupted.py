@@ -35,6 +35,9 @@ def keep_what_there_is(detector: Any, X: Any, names: Sequence[str] | None, out: 
     """
     from rvae_fast.serialization import save
 
+    if hasattr(detector, "estimators_"):
+        note("of several members nothing is kept without --checkpoint")
+        return
     done = len(detector.history_.epochs) if hasattr(detector, "history_") else 0
     if not done:
         return
