@@ -136,16 +136,8 @@ def fit_nap(
     """
     check_share("tolerance", tolerance)
     check_share("ridge", ridge)
-    moments = Moments()
     options: dict[str, Any] = {"device": device, "precision": precision}
-    observe = _observer(model, pathway, include_input, options)
-    with in_eval(model):
-        for part in _parts(x):
-            # Not a whole chunk at once: its differences would be several times the chunk itself.
-            for start in range(0, part.shape[0], GATHERED):
-                rows = part[start : start + GATHERED]
-                moments.update(map_rows(model, rows, observe, batch_size=TILE, row_tile=TILE, **options))
-    return moments.whiten(tolerance, ridge)
+    return moments_of(model, x, observer(model, pathway, include_input, options), options).whiten(tolerance, ridge)
 
 
 def nap_scores(
@@ -187,7 +179,7 @@ def nap_parts(
 ) -> Iterator[NDArray[np.float64]]:
     """:func:`nap_scores` as a generator: one array of scores per chunk of ``x``."""
 
-    observe = _observer(model, pathway, include_input, options)
+    observe = observer(model, pathway, include_input, options)
     project: Callable[[Tensor], Tensor] | None = None
 
     def score(rows: Tensor) -> Tensor:
@@ -204,6 +196,18 @@ def nap_parts(
 
 
 # --- private ---
+
+
+def moments_of(model: Autoencoder, x: Any, observe: Callable[[Tensor], Tensor], options: dict[str, Any]) -> Moments:
+    """Mean and scatter of what ``observe`` makes of a table's rows."""
+    moments = Moments()
+    with in_eval(model):
+        for part in _parts(x):
+            # Not a whole chunk at once: its differences would be several times the chunk itself.
+            for start in range(0, part.shape[0], GATHERED):
+                rows = part[start : start + GATHERED]
+                moments.update(map_rows(model, rows, observe, batch_size=TILE, row_tile=TILE, **options))
+    return moments
 
 
 def _wide(rows: Tensor) -> torch.dtype:
@@ -230,7 +234,7 @@ def _reconstructor(model: Autoencoder, options: dict[str, Any]) -> Callable[[Ten
     return lambda rows: cast(Tensor, scorer.detailed(rows, reconstruction=True).reconstruction)
 
 
-def _observer(
+def observer(
     model: Autoencoder, pathway: str, include_input: bool, options: dict[str, Any]
 ) -> Callable[[Tensor], Tensor]:
     """Rows to their differences, place beside place."""

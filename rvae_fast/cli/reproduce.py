@@ -19,6 +19,7 @@ _ABOUT = {
     "novelty": "RVAE against VAE, digit by digit",
     "deep": "80 layers, RVAE against VAE",
     "rapp": "reconstruction error, SAP, NAP and local score",
+    "places": "SAP and NAP by where in a residual encoder they look",
 }
 
 

@@ -2,8 +2,8 @@
 
 ``reconstruction``, ``elbo``
     The article's score, and that plus the KL divergence.
-``sap``, ``nap``, or either with a place, such as ``nap/units``
-    RaPP's, see :mod:`rvae_fast.rapp`; without a place the default one. ``nap-`` and ``sap-`` leave out the input.
+``sap``, ``nap``, ``ridge``, or one of them with a place, such as ``nap/units``
+    RaPP's and NAP with a ridge, see :mod:`rvae_fast.experiments.pathway_scores`.
 ``local``
     The error beside those of rows with a similar code, and NAP in the deeper units, see :mod:`rvae_fast.local`.
 ``hyperplane``
@@ -29,19 +29,16 @@ from torch import Tensor
 
 from rvae_fast._ensemble_members import IN_THEIR_OWN_UNITS as ALIKE
 from rvae_fast._taps import taps
+from rvae_fast.experiments.pathway_scores import NAP_ROWS, Scored, parse, pathway_scores
 from rvae_fast.hyperplane import fit_hyperplane, hyperplane_scores
 from rvae_fast.local import columns_of, fit_local, local_scores, places
 from rvae_fast.models import Autoencoder, in_eval
-from rvae_fast.pathway import PATHWAYS, reconstruct
-from rvae_fast.rapp import TILE, fit_nap, nap_scores, pathway_scorer, sap_scores
+from rvae_fast.pathway import reconstruct
+from rvae_fast.rapp import TILE, fit_nap, pathway_scorer
 from rvae_fast.scoring import map_rows, score_rows
 
 #: Samples of z for ``samples``.
 SAMPLES = 16
-
-#: Training rows that NAP's covariance is taken of, the first of their random order: all of an image data set's would
-#: take as long as two epochs of training.
-NAP_ROWS = 10_000
 
 #: Validation rows that are scored: they set the unit of an ensemble's members, the ranks and the pixels' errors.
 NORMAL_ROWS = 4096
@@ -49,14 +46,10 @@ NORMAL_ROWS = 4096
 #: Scores that a normal row has about 0 of, or ranks: those of several models need no common unit.
 IN_THEIR_OWN_UNITS = (*ALIKE, "rank")
 
-Scored = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
-
 
 def check_score(name: str) -> None:
     """Raise a ValueError that names an unknown score."""
-    kind, _, place = name.partition("/")
-    known = kind in ("sap", "nap", "sap-", "nap-") and (not place or place in PATHWAYS)
-    if not known and name not in ("reconstruction", "elbo", *IN_THEIR_OWN_UNITS, "pixel", "samples"):
+    if parse(name) is None and name not in ("reconstruction", "elbo", *IN_THEIR_OWN_UNITS, "pixel", "samples"):
         raise ValueError(f"unknown score {name!r}")
 
 
@@ -85,28 +78,23 @@ def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation:
         check_score(name)
     normal, validation = validation, validation[:NORMAL_ROWS]
     found = _together(model, names, train, validation, test)
+    along = [name for name in names if name not in found and parse(name) is not None]
+    found.update(pathway_scores(model, along, train, validation, test))
     for name in names:
         if name in found:
             continue
-        kind, _, place = name.partition("/")
-        where: dict[str, Any] = {"pathway": place or "stages", "include_input": not kind.endswith("-")}
-        if kind in ("sap", "sap-"):
-            found[name] = (sap_scores(model, validation, **where), sap_scores(model, test, **where))
-        elif kind in ("nap", "nap-"):
-            nap = fit_nap(model, train[:NAP_ROWS], **where)
-            found[name] = (nap_scores(model, nap, validation, **where), nap_scores(model, nap, test, **where))
-        elif kind == "local":
+        if name == "local":
             local = fit_local(model, train)
             found[name] = (local_scores(model, local, validation), local_scores(model, local, test))
-        elif kind == "hyperplane":
+        elif name == "hyperplane":
             hyperplane = fit_hyperplane(model, np.concatenate([train, normal]))
             found[name] = (hyperplane_scores(model, hyperplane, validation), hyperplane_scores(model, hyperplane, test))
-        elif kind == "pixel":
+        elif name == "pixel":
             found[name] = _pixel(model, validation, test)
-        elif kind == "samples":
+        elif name == "samples":
             found[name] = (_sampled(model, validation, seed), _sampled(model, test, seed))
-        elif kind != "rank":
-            weight = 1.0 if kind == "elbo" else 0.0
+        elif name != "rank":
+            weight = 1.0 if name == "elbo" else 0.0
             found[name] = tuple(score_rows(model, x, kld_weight=weight) for x in (validation, test))  # type: ignore[assignment]
     if "rank" in names:
         before = names[: names.index("rank")]

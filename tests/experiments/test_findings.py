@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rvae_fast.datasets.cache import store_arrays
-from rvae_fast.experiments import article, by_name
+from rvae_fast.experiments import article, by_name, places
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.claims import Claim
 from rvae_fast.experiments.experiment import Settings
@@ -143,6 +143,30 @@ def test_rapp(good: bool, folder: Path) -> None:
     ]  # fmt: skip
     claims = found("rapp", rows, folder)
     assert claims["mnist, multimodal: the best score of RVAE reaches 0.945"].held is good
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_places(good: bool, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    better = {"sap/stages": 0.02, "sap/branches": 0.04, "nap/stages": 0.02, "ridge-/units": 0.05} if good else {}
+    rows = [
+        row(model="RVAE", order="pre", novel=digit, seed=seed, n_layers=10,
+            **{f"auroc_{name}": (0.9 if good or name not in ("sap/stages", "nap/stages") else 0.95)
+               + better.get(name, 0.0) + 0.002 * rng.normal() for name in places.SCORES})
+        for digit in article.DIGITS for seed in range(2)
+    ]  # fmt: skip
+    claims = found("places", rows, folder)
+    assert [claim.held for claim in claims.values()] == [good] * 2
+    if good:
+        assert (
+            "AUROC on mnist of ridge-/units"
+            in claims["mnist: another place is better for NAP than the paper's"].sentence
+        )
+        assert "over 10 pairs" in claims["mnist: another place is better for NAP than the paper's"].sentence
+    else:
+        assert all("By seed 0 the paper's place is the best of" in claim.sentence for claim in claims.values())
+    one = found("places", [r for r in rows if r["seed"] == "0"], folder)
+    assert [claim.held for claim in one.values()] == [None] * 2
 
 
 def test_a_quick_run_is_not_held_against_the_article(folder: Path) -> None:

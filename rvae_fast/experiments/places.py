@@ -1,0 +1,127 @@
+"""Where to look: SAP and NAP of every place in a residual encoder, against those of the paper's.
+
+RaPP compares a row with its reconstruction after every layer. A residual network has more places: each unit's output,
+each branch, each linear layer. Its cells are ``novelty``'s and ``rapp``'s RVAE, of the same names: with ``--models``
+what these have trained is only scored here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rvae_fast.experiments import article
+from rvae_fast.experiments.cells import Cell
+from rvae_fast.experiments.claims import Claim, greater, untested
+from rvae_fast.experiments.experiment import Experiment, Settings
+from rvae_fast.experiments.novelty import EPOCHS, QUICK_EPOCHS, QUICK_ROWS
+from rvae_fast.experiments.page import Findings
+from rvae_fast.experiments.plots import plot_means
+from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary, value
+from rvae_fast.pathway import PATHWAYS
+
+#: NAP of all linear layers or of all activations would take as long as a training: of them only single layers are.
+WHITENED = ("stages", "units", "branches")
+
+#: Transitions, branches and linear layers of the encoder of ten layers, the last being the code.
+SINGLE_PLACES = {"branches": 7, "linears": 10}
+
+SCORES = (
+    "reconstruction",
+    *(f"{kind}/{pathway}" for pathway in PATHWAYS for kind in ("sap", "sap-")),
+    *(f"{kind}/{pathway}" for pathway in WHITENED for kind in ("nap", "nap-", "ridge", "ridge-")),
+    *(
+        f"{kind}/{pathway}:{place}"
+        for pathway, places in SINGLE_PLACES.items()
+        for place in range(1, places + 1)
+        for kind in ("sap", "nap", "ridge")
+    ),
+)
+
+#: The paper's: after every stage (of a plain network after every layer), and the input too.
+DEFAULTS = {"SAP": "sap/stages", "NAP": "nap/stages"}
+
+
+def grid(settings: Settings) -> list[Cell]:
+    """RVAE of ten layers by ten novel classes (one in a quick run) by seeds."""
+    return settings.vary(
+        [
+            Cell(
+                data=data, novel=novel, model="RVAE", order="pre", n_layers=10, seed=seed,
+                training=settings.training(EPOCHS, QUICK_EPOCHS), scores=SCORES, rows=settings.rows(QUICK_ROWS),
+            )
+            for data in settings.data
+            for seed in range(settings.seeds)
+            for novel in (("0",) if settings.quick else article.DIGITS)
+        ]
+    )  # fmt: skip
+
+
+def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
+    """Whether another place is better than the paper's, chosen by the first seed and tested by the others."""
+    found = Findings()
+    suffix = f" {settings.variant}" if settings.variant else ""
+    for data in settings.data:
+        own = pick(rows, data=data, setting="multimodal", series="RVAE pre" + suffix)
+        for family, default in DEFAULTS.items():
+            kinds = ("sap", "sap-") if family == "SAP" else ("nap", "nap-", "ridge", "ridge-")
+            names = [name for name in SCORES if name.partition("/")[0] in kinds]
+            found.claims.append(_better_place(data, family, default, names, own))
+        for title, key in (("whole pathways", ""), ("single places", ":")):
+            series: dict[str, dict[str, list[float]]] = {}
+            for name in SCORES[1:]:
+                kind, _, place = name.partition("/")
+                values = grouped(own, "data", f"auroc_{name}").get(data, [])
+                if (":" in place) == bool(key) and values:
+                    series.setdefault(kind, {})[place] = values
+            if series:
+                found.pictures.append(
+                    plot_means(
+                        f"places-{title.replace(' ', '-')}-{data}", f"AUROC by place, {title}, {data}", series,
+                        xlabel="place", ylabel="AUROC", joined=False,
+                        caption="The spread is over classes and seeds. A minus leaves out the input; ridge is NAP with "
+                        "one mean variance added to every variance.",
+                    )
+                )  # fmt: skip
+    metrics = tuple(f"auroc_{name}" for name in SCORES)
+    whole = summary(rows, metrics, ("data", "series"))
+    found.tables["By place"] = [
+        {"score": name, **{f"{line['data']}, {line['series']}": line[f"auroc_{name}"] for line in whole}}
+        for name in SCORES
+    ]
+    return found
+
+
+def _better_place(data: str, family: str, default: str, names: list[str], rows: list[Row]) -> Claim:
+    claim = f"{data}: another place is better for {family} than the paper's"
+    seeds = sorted({row["seed"] for row in rows}, key=int)
+    if len(seeds) < 2:
+        return untested(claim, f"{len(seeds)} seeds: one to choose by and one to test by are needed")
+    first = pick(rows, seed=seeds[0])
+    best = max(names, key=lambda name: float(np.mean([value(row, f"auroc_{name}") for row in first])))
+    if best == default:
+        return Claim(
+            claim, False, f"By seed {seeds[0]} the paper's place is the best of {len(names)}. The claim did not hold."
+        )
+    others = [row for row in rows if row["seed"] != seeds[0]]
+    return greater(
+        claim, paired(others, f"auroc_{best}"), paired(others, f"auroc_{default}"), labels=(best, default),
+        quantity=f"Chosen by seed {seeds[0]} from {len(names)}, tested by the others: AUROC on {data}",
+    )  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+    name="places",
+    title="Where to look",
+    description=(
+        "SAP and NAP of RVAE by where row and reconstruction are compared: after each stage, as in RaPP, each "
+        "residual unit, each branch, each linear layer, with and without the input, and NAP with a ridge. One class "
+        "novel."
+    ),
+    data=("mnist", "fashion_mnist"),
+    seeds=2,
+    scores=SCORES,
+    grid=grid,
+    findings=findings,
+)
