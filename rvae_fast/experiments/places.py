@@ -24,8 +24,9 @@ from rvae_fast.pathway import PATHWAYS
 #: NAP of all linear layers or of all activations would take as long as a training: of them only single layers are.
 WHITENED = ("stages", "units", "branches")
 
-#: Transitions, branches and linear layers of the encoder of ten layers, the last being the code.
-SINGLE_PLACES = {"branches": 7, "linears": 10}
+#: In the encoder of ten layers: every transition (the last gives the code) and branch, and the linear layer inside each
+#: of the three units. The other linear layers' outputs are the branches and what transitions hand on.
+SINGLE_PLACES = {"branches": (1, 2, 3, 4, 5, 6, 7), "linears": (1, 4, 7)}
 
 SCORES = (
     "reconstruction",
@@ -34,7 +35,7 @@ SCORES = (
     *(
         f"{kind}/{pathway}:{place}"
         for pathway, places in SINGLE_PLACES.items()
-        for place in range(1, places + 1)
+        for place in places
         for kind in ("sap", "nap", "ridge")
     ),
 )
