@@ -98,6 +98,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
                 stacklevel=3,
             )
         self.model_ = model.eval()
+        self.history_, self.n_iter_ = History(), 0  # an earlier fit's is of another network
         with scaled_table(table, self._scaled_parts(table)) as rows:
             try:
                 self.history_ = train(model, rows, config, resume=self.resume)

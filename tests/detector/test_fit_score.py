@@ -113,6 +113,22 @@ def test_an_interrupt_leaves_the_detector_as_it_was(table: np.ndarray, monkeypat
     np.testing.assert_array_equal(detector.score_samples(table), scores)
 
 
+def test_an_interrupt_before_the_first_step_leaves_nothing_of_an_earlier_fit(
+    table: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = RVAEDetector(**SMALL).fit(table)
+    assert detector.n_iter_ == len(detector.history_.epochs) > 0
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rvae_fast._base_detector.train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detector.fit(table)
+    assert detector.history_.epochs == []
+    assert detector.n_iter_ == 0
+
+
 def test_parameters_are_checked(table: np.ndarray) -> None:
     with pytest.raises(NotFittedError):
         RVAEDetector(**SMALL).fit_score(table)
