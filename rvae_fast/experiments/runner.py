@@ -7,10 +7,11 @@ import dataclasses
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 from rvae_fast.experiments.cells import Cell
@@ -64,6 +65,10 @@ def run(
         When the results file holds cells run by another recipe.
     RuntimeError
         Naming the cell that failed. Those finished before it have their rows.
+
+    Notes
+    -----
+    When this process is killed, the others end at once, without a row for the cells they are at.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -123,6 +128,15 @@ def _begin() -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that runs the grid is gone: nobody would write down what it finds."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 @contextlib.contextmanager

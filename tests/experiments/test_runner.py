@@ -166,6 +166,59 @@ def test_a_killed_run_goes_on_where_it_stopped(folder: Path) -> None:
     assert ran(folder) == [2, 3]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="looks for a process by signal 0")
+def test_processes_end_with_the_one_that_runs_the_grid(folder: Path) -> None:
+    script = textwrap.dedent("""
+        import os, sys, time
+        from pathlib import Path
+        from rvae_fast.experiments import runner
+        from rvae_fast.experiments.cells import Cell
+        from rvae_fast.experiments.store import Results
+
+        def work(cell, folder):
+            name = Path(folder) / f"pid-{cell.seed}"
+            name.with_suffix(".part").write_text(str(os.getpid()))
+            name.with_suffix(".part").rename(name)
+            time.sleep(600)
+
+        if __name__ == "__main__":
+            cells = [Cell(data="digits", novel="0", model="AE", n_layers=4, seed=seed) for seed in range(2)]
+            runner.run(cells, Results(sys.argv[1], ("seconds",)), jobs=2, work=work)
+    """)
+    folder.mkdir()
+    path = folder / "script.py"
+    path.write_text(script)
+    process = subprocess.Popen([sys.executable, str(path), str(folder / "results.csv")])
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and len(list(folder.glob("pid-?"))) < 2:
+            time.sleep(0.1)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    workers = [int(file.read_text()) for file in folder.glob("pid-?")]
+    assert len(workers) == 2
+    try:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and any(_runs(pid) for pid in workers):
+            time.sleep(0.05)
+        assert not any(_runs(pid) for pid in workers)
+    finally:
+        for pid in workers:
+            if _runs(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, one that has ended but that nobody has asked about apart."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
 def test_estimate_grows_with_the_work() -> None:
     short, long = cell(training={"epochs": 2, "batch_size": 32}), cell(training={"epochs": 200, "batch_size": 32})
     assert 20 * runner.estimate([short], 1) < runner.estimate([long], 1)
