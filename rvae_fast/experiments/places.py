@@ -75,14 +75,16 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
                 kind, _, place = name.partition("/")
                 values = grouped(own, "data", f"auroc_{name}").get(data, [])
                 if (":" in place) == bool(key) and values:
-                    series.setdefault(kind, {})[place] = values
+                    label = f"{place[0]}{place.partition(':')[2]}" if key else place  # whole names would overlap
+                    series.setdefault(kind, {})[label] = values
             if series:
                 found.pictures.append(
                     plot_means(
                         f"places-{title.replace(' ', '-')}-{data}", f"AUROC by place, {title}, {data}", series,
                         xlabel="place", ylabel="AUROC", joined=False,
                         caption="The spread is over classes and seeds. A minus leaves out the input; ridge is NAP with "
-                        "one mean variance added to every variance.",
+                        "one mean variance added to every variance."
+                        + (" b: transitions and branches in order; l: linear layers inside a unit." if key else ""),
                     )
                 )  # fmt: skip
     metrics = tuple(f"auroc_{name}" for name in SCORES)
@@ -98,7 +100,7 @@ def _better_place(data: str, family: str, default: str, names: list[str], rows: 
     claim = f"{data}: another place is better for {family} than the paper's"
     seeds = sorted({row["seed"] for row in rows}, key=int)
     if len(seeds) < 2:
-        return untested(claim, f"{len(seeds)} seeds: one to choose by and one to test by are needed")
+        return untested(claim, f"Seeds run: {len(seeds)}; one to choose by and one to test by are needed")
     first = pick(rows, seed=seeds[0])
     best = max(names, key=lambda name: float(np.mean([value(row, f"auroc_{name}") for row in first])))
     if best == default:
