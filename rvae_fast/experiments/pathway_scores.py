@@ -16,6 +16,7 @@ A place is one of :data:`rvae_fast.pathway.PATHWAYS`, or a single one of its pla
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,8 @@ def pathway_scores(model: Autoencoder, names: Sequence[str], train: Any, validat
         by_pathway.setdefault(parts.pathway, {})[name] = parts
     for pathway, wanted in by_pathway.items():
         observe = observer(model, pathway, True, {})
-        columns = {name: _columns(model, name, parts, train[:1]) for name, parts in wanted.items()}
+        ends = _ends(model, pathway, train[:1])
+        columns = {name: _columns(name, parts, ends) for name, parts in wanted.items()}
         moments = None
         if any(parts.kind != "sap" for parts in wanted.values()):
             moments = moments_of(model, train[:NAP_ROWS], observe, {})
@@ -124,16 +126,20 @@ def pathway_scores(model: Autoencoder, names: Sequence[str], train: Any, validat
     return found
 
 
-def _columns(model: Autoencoder, name: str, parts: PathwayScore, row: Any) -> tuple[int, int]:
-    """From which to which column of a pathway's differences, the input's first, the score is taken."""
+def _ends(model: Autoencoder, pathway: str, row: Any) -> list[int]:
+    """Where in a pathway's differences side by side the input's end, and those of each place."""
     with in_eval(model), torch.no_grad():
         first = torch.as_tensor(np.asarray(row), dtype=torch.float32).to(next(model.parameters()).device)
-        widths = [place.shape[1] for place in hidden(model, first, parts.pathway)]
-    ends = np.cumsum([model.in_features, *widths]).tolist()
+        widths = [place.shape[1] for place in hidden(model, first, pathway)]
+    return list(itertools.accumulate([model.in_features, *widths]))
+
+
+def _columns(name: str, parts: PathwayScore, ends: list[int]) -> tuple[int, int]:
+    """From which to which column of a pathway's differences the score is taken."""
     if parts.place is None:
         return (0 if parts.include_input else ends[0]), ends[-1]
-    if parts.place > len(widths):
-        raise ValueError(f"the score {name!r} is of place {parts.place}: there are {len(widths)} in this model")
+    if parts.place >= len(ends):
+        raise ValueError(f"the score {name!r} is of place {parts.place}: there are {len(ends) - 1} in this model")
     return ends[parts.place - 1], ends[parts.place]
 
 

@@ -165,6 +165,12 @@ def test_places(good: bool, folder: Path) -> None:
         assert "over 10 pairs" in claims["mnist: another place is better for NAP than the paper's"].sentence
     else:
         assert all("By seed 0 the paper's place is the best of" in claim.sentence for claim in claims.values())
+    tables = by_name("places").findings(rows, Settings(("mnist",), 2), folder).tables
+    against = {line["score"]: line for line in tables["Against the paper's place, mnist"]}
+    assert len(against) == len(places.SCORES) - 3  # less the error and the two themselves
+    assert against["ridge-/units"]["above"] == ("20 of 20" if good else "0 of 20")
+    assert float(against["ridge-/units"]["difference"]) == pytest.approx(0.03 if good else -0.05, abs=2e-3)
+    assert float(against["ridge-/units"]["p"]) < 1e-6
     one = found("places", [r for r in rows if r["seed"] == "0"], folder)
     assert [claim.held for claim in one.values()] == [None] * 2
 
