@@ -20,6 +20,7 @@ _ABOUT = {
     "deep": "80 layers, RVAE against VAE",
     "rapp": "reconstruction error, SAP, NAP and local score",
     "places": "SAP and NAP by where in a residual encoder they look",
+    "views": "scores by the lowest over small deformations of an image",
 }
 
 

@@ -15,6 +15,8 @@
     Reconstruction error averaged over samples of z instead of that of its mean.
 ``rank``
     Rank sum of the scores named before it: each score is replaced by the share of validation rows below it.
+``reconstruction@views`` and the like
+    The lowest over views of an image, see :mod:`rvae_fast.experiments.view_scores`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._ensemble_members import IN_THEIR_OWN_UNITS as ALIKE
-from rvae_fast._taps import taps
+from rvae_fast.experiments import view_scores
 from rvae_fast.experiments.pathway_scores import NAP_ROWS, Scored, parse, pathway_scores
 from rvae_fast.hyperplane import fit_hyperplane, hyperplane_scores
 from rvae_fast.local import columns_of, fit_local, local_scores, places
@@ -49,13 +51,15 @@ IN_THEIR_OWN_UNITS = (*ALIKE, "rank")
 
 def check_score(name: str) -> None:
     """Raise a ValueError that names an unknown score."""
+    if view_scores.parse(name) is not None:
+        return
     if parse(name) is None and name not in ("reconstruction", "elbo", *IN_THEIR_OWN_UNITS, "pixel", "samples"):
         raise ValueError(f"unknown score {name!r}")
 
 
 def unit(name: str, normal: NDArray[np.float64]) -> float:
     """What the scores of one model of several are divided by: the mean of normal rows, or 1 for what has a unit."""
-    return 1.0 if name in IN_THEIR_OWN_UNITS else float(np.mean(normal))
+    return 1.0 if name.partition("@")[0] in IN_THEIR_OWN_UNITS else float(np.mean(normal))
 
 
 def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation: Any, test: Any, seed: int) -> Scored:
@@ -77,7 +81,8 @@ def all_scores(model: Autoencoder, names: Sequence[str], train: Any, validation:
     for name in names:
         check_score(name)
     normal, validation = validation, validation[:NORMAL_ROWS]
-    found = _together(model, names, train, validation, test)
+    found = view_scores.view_scores(model, names, train, normal, validation, test)
+    found.update(_together(model, [name for name in names if name not in found], train, validation, test))
     along = [name for name in names if name not in found and parse(name) is not None]
     found.update(pathway_scores(model, along, train, validation, test))
     for name in names:
@@ -118,13 +123,8 @@ def _together(model: Autoencoder, names: Sequence[str], train: Any, validation: 
     local = fit_local(model, train) if "local" in wanted else None
     project = None if nap is None else nap.scorer(torch.device("cpu"))
     compare = None if local is None else local.scorer()
-    # The branches come between the stages' places, which are taken of their steps' own values.
-    input_width = model.in_features
-    stages = [
-        (input_width + a, input_width + a + w) for _, a, w, before in taps(model, "branches").tolist() if not before
-    ]
-    stages = [(0, input_width), *stages]
-    local_columns = [(input_width + a, input_width + b) for a, b in columns_of(model, places(model))]
+    stages = view_scores.stage_columns(model)
+    local_columns = [(model.in_features + a, model.in_features + b) for a, b in columns_of(model, places(model))]
 
     def score(rows: Tensor) -> Tensor:
         seen = scorer.pathway(rows, "branches", latent=True, differences=True)
