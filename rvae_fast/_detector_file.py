@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rvae_fast._model_file import FileFormatError, describe_model, restore_model, unknown
+from rvae_fast.views import ImageViews
 
 if TYPE_CHECKING:
     from rvae_fast._base_detector import BaseDetector
@@ -141,6 +143,10 @@ def plain(name: str, value: Any) -> Any:
         return None
     if isinstance(value, (os.PathLike, torch.device)):
         return str(value)
+    if isinstance(value, ImageViews):
+        value = value.describe()
+    if isinstance(value, Mapping):
+        return {str(key): plain(f"{name}[{key!r}]", v) for key, v in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain(name, v) for v in value]
     if value is None or isinstance(value, (bool, int, float, str)):

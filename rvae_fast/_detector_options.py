@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -18,6 +19,7 @@ from rvae_fast._validation import check_choice, check_contamination
 from rvae_fast._whitening import check_share
 from rvae_fast.pathway import PATHWAYS
 from rvae_fast.preprocessing import MISSING, SCALERS
+from rvae_fast.views import ImageViews, as_views
 
 ANOMALY_SCORES = ("reconstruction", "elbo", "sap", "nap", "local", "hyperplane")
 
@@ -82,6 +84,7 @@ def check_before_fit(detector: Any, table: Any) -> None:
     table : ndarray [n_rows, n_features]
     """
     check(detector)
+    check_views(detector, table.shape[1], detector.scaler)
     config = training_config(detector, 0, table.shape[0])
     check_resume(detector.resume, config)
     with torch.device("meta"):  # no memory, no random numbers
@@ -91,11 +94,31 @@ def check_before_fit(detector: Any, table: Any) -> None:
         replaceable(config.checkpoint)
 
 
+def check_views(detector: Any, n_features: int, scaler: str | None) -> ImageViews | None:
+    """The views that ``detector.views`` stands for, or an error that says what is wrong with it.
+
+    Parameters
+    ----------
+    detector : detector
+    n_features : int
+    scaler : str or None
+        What its rows are, or will be, scaled by.
+    """
+    views = as_views(detector.views, n_features)
+    if views is not None and scaler is not None:
+        raise ValueError(
+            f"views needs scaler=None, got scaler={scaler!r}: scaled one by one, the pixels of an image that is moved "
+            "are those of another. Bring all of them to [0, 1] together before"
+        )
+    return views
+
+
 def scored_by(detector: Any) -> dict[str, Any]:
     """The parameters that say what a row is scored by: a threshold holds for the scores of these values alone."""
     names = {"elbo": ("kld_weight",), "sap": ("pathway", "pathway_input"), "nap": ("pathway", "pathway_input")}
     score = detector.anomaly_score
-    return {name: getattr(detector, name) for name in ("anomaly_score", *names.get(score, ()))}
+    views = detector.views.describe() if isinstance(detector.views, ImageViews) else copy.deepcopy(detector.views)
+    return {name: getattr(detector, name) for name in ("anomaly_score", *names.get(score, ()))} | {"views": views}
 
 
 def check_scored_by(detector: Any, fitted: dict[str, Any]) -> None:

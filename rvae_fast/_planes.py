@@ -54,8 +54,10 @@ class Planes:
         features = rows - middle
         return cls(features, features.square().sum(1), middle, neighbours, penalty)
 
-    def __call__(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, h: Tensor, own: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Look at rows ``[n, width]``.
+
+        With ``own`` they are made of reference rows, by a small deformation: the nearest is then the row itself.
 
         Returns
         -------
@@ -66,12 +68,12 @@ class Planes:
         """
         h = h.to(self.features.dtype)
         if covered():
-            return self._native()(h)
+            return self._native()(h, own)
         h = h - self.middle
         if self._search is None:
             self._search = Neighbours(self.features, self.squares)
         apart, found = self._search(h, self.neighbours + 1)
-        itself = apart[:, 0].square() <= SAME * apart.square().mean(1)
+        itself = (apart[:, 0].square() <= SAME * apart.square().mean(1)) | own
         nearest = torch.where(itself[:, None], found[:, 1:], found[:, :-1])
         mean = torch.where(itself[:, None], apart[:, 1:], apart[:, :-1])[:, :NEAREST].double().mean(1)
         around = self.features[nearest]

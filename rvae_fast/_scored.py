@@ -16,9 +16,10 @@ from rvae_fast._validation import check_table
 from rvae_fast.hyperplane import fit_hyperplane, hyperplane_parts
 from rvae_fast.local import fit_local, local_parts
 from rvae_fast.models import Autoencoder
-from rvae_fast.preprocessing import scaled_table
+from rvae_fast.preprocessing import Scaler, chunks, scaled_table
 from rvae_fast.rapp import fit_nap, nap_parts, sap_parts
 from rvae_fast.scoring import score_parts
+from rvae_fast.views import lowest
 
 #: What the scores that take something of normal rows keep of them.
 LEARNT = ("nap_", "local_", "hyperplane_")
@@ -28,6 +29,7 @@ class Scored(Thresholded):
     """A detector with a network, ``model_``, and an ``anomaly_score``."""
 
     model_: Autoencoder
+    scaler_: Scaler
 
     #: Set by an ensemble on its members: ``fit`` leaves the training rows' anomaly scores as ``_training_scores``.
     _keeps_training_scores = False
@@ -41,6 +43,7 @@ class Scored(Thresholded):
     nap_tolerance: float
     nap_ridge: float
     contamination: float
+    views: Any
 
     def fit_score(self: Self, X: Any, y: Any = None) -> Self:
         """Learn anew what the anomaly score takes of normal rows, and the threshold; the network stays as it is.
@@ -101,6 +104,7 @@ class Scored(Thresholded):
             raise NotFittedError(f"this {type(self).__name__} has no network yet: call fit before fit_score")
         options.check(self)
         table = check_table(self, X, reset=False, min_rows=2)
+        options.check_views(self, table.shape[1], self.scaler_.kind)
         before = self._learnt()
         try:
             with scaled_table(table, self._scaled_parts(table)) as rows:
@@ -134,7 +138,7 @@ class Scored(Thresholded):
             self.local_ = fit_local(model, rows, **self._network_options())
         if self.anomaly_score == "hyperplane":
             self.hyperplane_ = fit_hyperplane(model, rows, **self._network_options())
-        scores = np.concatenate(list(self._scores(rows)))
+        scores = np.concatenate(list(self._scores(rows, own=True)))
         if not np.isfinite(scores).all():
             raise ValueError(
                 f"{np.count_nonzero(~np.isfinite(scores))} {what} have no finite score: the network overflows on them"
@@ -145,8 +149,19 @@ class Scored(Thresholded):
         self.offset_ = float(np.percentile(-scores, 100.0 * self.contamination))
         return scores
 
-    def _scores(self, rows: Any) -> Iterator[NDArray[np.float64]]:
-        """Anomaly scores of scaled rows (an array, or an iterable of chunks), one array a chunk."""
+    def _scores(self, rows: Any, *, own: bool = False) -> Iterator[NDArray[np.float64]]:
+        """Anomaly scores of scaled rows (an array, or an iterable of chunks), one array a chunk.
+
+        With ``own`` they are those that the score was learnt from: what these become in other views is compared with
+        the other rows only.
+        """
+        views = options.check_views(self, self.model_.in_features, self.scaler_.kind)
+        if views is None:
+            return self._scores_as_they_are(rows)
+        parts = chunks(rows) if isinstance(rows, np.ndarray) else rows
+        return lowest(lambda seen: self._scores_as_they_are(seen, own=own), parts, views)
+
+    def _scores_as_they_are(self, rows: Any, *, own: bool = False) -> Iterator[NDArray[np.float64]]:
         if self.anomaly_score == "sap":
             return sap_parts(self.model_, rows, **self._pathway_options())
         if self.anomaly_score == "nap":
@@ -160,7 +175,7 @@ class Scored(Thresholded):
         if self.anomaly_score == "hyperplane":
             if not hasattr(self, "hyperplane_"):
                 raise _not_learnt("hyperplane")
-            return hyperplane_parts(self.model_, self.hyperplane_, rows, **self._network_options())
+            return hyperplane_parts(self.model_, self.hyperplane_, rows, own=own, **self._network_options())
         weight = getattr(self, "kld_weight", 0.0) if self.anomaly_score == "elbo" else 0.0
         return score_parts(self.model_, rows, kld_weight=weight, **self._network_options())
 

@@ -121,8 +121,11 @@ class Hyperplane:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "planes"}
 
-    def scorer(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Scores ``[n]`` fp64 of features and of differences at the last unit, as a function on the CPU."""
+    def scorer(self, own: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+        """Scores ``[n]`` fp64 of features and of differences at the last unit, as a function on the CPU.
+
+        With ``own`` the rows are small deformations of reference rows: the nearest of them is then the row itself.
+        """
         nap, planes = self.nap.scorer(torch.device("cpu")), self.planes
         log_distances = torch.from_numpy(self.log_distances)
         center, scale, floors, weights = (
@@ -130,7 +133,7 @@ class Hyperplane:
         )
 
         def score(features: Tensor, difference: Tensor) -> Tensor:
-            squared, apart, nearest = planes(features.cpu())
+            squared, apart, nearest = planes(features.cpu(), own)
             # Always as many rows at a time: the order that the product adds up a row's terms in may depend on it.
             whole = torch.nn.functional.pad(difference.double().cpu(), (0, 0, 0, -len(difference) % ROWS))
             naps = torch.cat([nap(tile) for tile in whole.split(ROWS)])[: len(difference)]
@@ -299,12 +302,16 @@ def hyperplane_scores(
 
 
 def hyperplane_parts(
-    model: Autoencoder, hyperplane: Hyperplane, x: Any, **options: Any
+    model: Autoencoder, hyperplane: Hyperplane, x: Any, *, own: bool = False, **options: Any
 ) -> Iterator[NDArray[np.float64]]:
-    """:func:`hyperplane_scores` as a generator: one array of scores per chunk of ``x``."""
+    """:func:`hyperplane_scores` as a generator: one array of scores per chunk of ``x``.
+
+    With ``own`` the rows are small deformations of reference rows (:mod:`rvae_fast.views`), and these do not count as
+    their own neighbours.
+    """
     inside = Inside(model, options)
     fitted, here = (hyperplane.features.shape[1], len(hyperplane.nap.mean)), (inside.width, inside.stop - inside.start)
     if fitted != here:
         raise ValueError(f"hyperplane was fitted to places of widths {fitted}; this model has {here} there")
     row_tile = max(inside.row_tile, 1 if hyperplane.planes.looks_at_rows_one_by_one() else TILE)
-    return scored_parts(model, x, inside.on(hyperplane.scorer()), options, row_tile=row_tile)
+    return scored_parts(model, x, inside.on(hyperplane.scorer(own)), options, row_tile=row_tile)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -168,9 +169,10 @@ def as_views(views: Any, features: int) -> ImageViews | None:
 
     Parameters
     ----------
-    views : None, "image", mapping or ImageViews
-        ``"image"``: the defaults for a square image of one channel; a mapping: the arguments of :class:`ImageViews`, of
-        which ``shape`` may be left out for such an image.
+    views : None, str, mapping or ImageViews
+        ``"image"``: the defaults for a square image of one channel; ``"28x28"``, ``"3x32x32"``: those for images of
+        this shape; a mapping: the arguments of :class:`ImageViews`, of which ``shape`` may be left out for a square
+        image of one channel.
     features : int
         Columns of a row.
 
@@ -183,12 +185,16 @@ def as_views(views: Any, features: int) -> ImageViews | None:
         return None
     if isinstance(views, ImageViews):
         given = views.describe()
-    elif isinstance(views, str) and views == "image":
-        given = {}
+    elif isinstance(views, str):
+        if views != "image" and not re.fullmatch(r"\d{1,9}(x\d{1,9}){1,2}", views):
+            raise ValueError(f"views must be 'image' or a shape such as '28x28' or '3x32x32', got {views!r}")
+        given = {} if views == "image" else {"shape": tuple(int(n) for n in views.split("x"))}
     elif isinstance(views, Mapping):
         given = dict(views)
     else:
-        raise TypeError(f"views must be None, 'image', ImageViews or a mapping of its parameters, got {views!r}")
+        raise TypeError(
+            f"views must be None, 'image', a shape, ImageViews or a mapping of its parameters, got {views!r}"
+        )
     known = [field.name for field in fields(ImageViews)]
     if unknown := [str(name) for name in given if name not in known]:
         raise ValueError(f"views has no parameter {', '.join(unknown)}: they are {', '.join(known)}")
@@ -239,6 +245,6 @@ def lowest(
 
 def seen(part: NDArray[Any], views: ImageViews) -> Iterator[NDArray[np.float32]]:
     """A chunk of rows in every view."""
-    rows = torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
+    rows = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))  # torch warns of arrays that are read-only
     for view in range(len(views)):
         yield views(rows, view).numpy()

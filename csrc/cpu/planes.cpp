@@ -40,6 +40,7 @@ struct Reference {
   int64_t count, width, directions, neighbours;
   float longest;  // the largest squared length
   double penalty;
+  bool own;  // whether the rows sought are made of these
 
   int64_t depth() const { return directions + 2; }
   int64_t stride() const { return stack::round_up(width, 16); }
@@ -233,7 +234,7 @@ class Look {
       out_.squared[row] = out_.mean[row] = std::numeric_limits<double>::quiet_NaN();
       return;
     }
-    const int64_t itself = nearest_.front().value <= kSame * total / static_cast<double>(k + 1) ? 1 : 0;
+    const int64_t itself = ref_.own || nearest_.front().value <= kSame * total / static_cast<double>(k + 1) ? 1 : 0;
     const int64_t first = std::min(k, kNearest);
     double apart = 0;
     for (int64_t i = 0; i < k; ++i) {
@@ -277,7 +278,8 @@ void check(const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> look(const at::Tensor& h, const at::Tensor& rows, const at::Tensor& middle,
                                                     const std::optional<at::Tensor>& axes, const at::Tensor& panels,
-                                                    int64_t directions, double longest, int64_t neighbours, double penalty) {
+                                                    int64_t directions, double longest, int64_t neighbours, double penalty,
+                                                    bool own) {
   TORCH_CHECK_VALUE(rows.dim() == 2 && h.dim() == 2, "planes: h and rows must be matrices, got ", h.sizes(), " and ", rows.sizes());
   const int64_t n = h.size(0), m = rows.size(0), width = rows.size(1);
   check("h", h, {n, width});
@@ -297,7 +299,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> look(const at::Tensor& h, const a
   if (n == 0) return {squared, mean, nearest};
   const Reference reference{rows.const_data_ptr<float>(), middle.const_data_ptr<float>(),
                             axes.has_value() ? axes->const_data_ptr<float>() : nullptr, panels.const_data_ptr<float>(),
-                            m, width, directions, neighbours, static_cast<float>(longest), penalty};
+                            m, width, directions, neighbours, static_cast<float>(longest), penalty, own};
   const Found out{squared.data_ptr<double>(), mean.data_ptr<double>(), nearest.data_ptr<int64_t>()};
   const stack::Partition part(n, kTileRows, m * (directions + 2));
   stack::for_chunks(part, [&](int64_t chunk) {

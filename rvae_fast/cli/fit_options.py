@@ -16,6 +16,9 @@ __all__ = ["MODEL", "PARAMETERS", "TRAINING", "Kind", "Missing", "Parameter", "P
 
 MODEL, TRAINING = "Model", "Training"
 
+#: How an option is shown that is a list of whole numbers.
+NUMBERS = "N,N,..."
+
 
 class Kind(str, Enum):
     """The four networks."""
@@ -32,6 +35,7 @@ class Preset(str, Enum):
     table = "table"
     image = "image"
     image_hyperplane = "image-hyperplane"
+    image_views = "image-views"
     image_two_rates = "image-two-rates"
 
 
@@ -79,8 +83,8 @@ PARAMETERS = (
         "latent_features", "--latent", int, "Width of the bottleneck [default: by the number of columns].", MODEL
     ),
     Parameter("n_layers", "--layers", int, "Linear layers of the encoder; the decoder mirrors them.", MODEL),
-    Parameter("widths", "--widths", str, "Instead: widths of the encoder's stages.", MODEL, "N,N,..."),
-    Parameter("blocks", "--blocks", str, "Residual units of each stage.", MODEL, "N,N,..."),
+    Parameter("widths", "--widths", str, "Instead: widths of the encoder's stages.", MODEL, NUMBERS),
+    Parameter("blocks", "--blocks", str, "Residual units of each stage.", MODEL, NUMBERS),
     Parameter("order", "--order", str, "Kind of residual unit: pre or post.", MODEL),
     Parameter("activation", "--activation", str, "leaky_relu, relu, elu, silu, gelu, tanh, identity.", MODEL),
     Parameter("likelihood", "--likelihood", str, "Error: squared, absolute or bernoulli.", MODEL),
@@ -91,6 +95,14 @@ PARAMETERS = (
         str,
         "reconstruction, elbo (error plus KL), sap, nap, local or hyperplane.",
         MODEL,
+    ),
+    Parameter(
+        "views",
+        "--views",
+        str,
+        "For flattened images: the lowest score over small deformations counts. image if square, or the shape: 28x28.",
+        MODEL,
+        "image|HxW|CxHxW",
     ),
     Parameter("contamination", "--contamination", float, "Share of training rows to flag [default: 0.1].", MODEL),
     Parameter(
@@ -149,5 +161,5 @@ def as_parameters(values: dict[str, Any], known: Any, model: str) -> dict[str, A
             continue
         if parameter.name not in known:
             usage_error(f"--model {model} has no such parameter", parameter.flag)
-        given[parameter.name] = _numbers(value, parameter.flag) if parameter.metavar else value
+        given[parameter.name] = _numbers(value, parameter.flag) if parameter.metavar == NUMBERS else value
     return given

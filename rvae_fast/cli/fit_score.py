@@ -47,6 +47,15 @@ def fit_score(
             "--score-by", help="reconstruction, elbo, sap, nap, local or hyperplane [default: what the model has]."
         ),
     ] = None,
+    views: Annotated[
+        str | None,
+        typer.Option(
+            "--views",
+            help="For flattened images: the lowest score over small deformations counts. image if square, or the "
+            "shape: 28x28; none for the image as it is [default: what the model has].",
+            metavar="image|HxW|CxHxW|none",
+        ),
+    ] = None,
     contamination: Annotated[
         float | None,
         typer.Option("--contamination", help="Share of these rows to flag [default: what the model has]."),
@@ -119,11 +128,13 @@ def fit_score(
             tables.append(X)
     rows = tables[0] if len(tables) == 1 else np.concatenate(tables)
     before = detector.threshold_
-    changes = {"anomaly_score": score_by, "contamination": contamination}
+    changes: dict[str, Any] = {"anomaly_score": score_by, "contamination": contamination}
     members = getattr(detector, "estimators_", ())
     for one in (detector, *members, *([detector.estimator] if members and detector.estimator is not None else ())):
         known = one.get_params(deep=False)
         one.set_params(**{name: value for name, value in changes.items() if value is not None and name in known})
+        if views is not None and "views" in known:
+            one.set_params(views=None if views == "none" else views)
     filled = told_of_file(", ".join(data), "a model fitted with --missing mean or --missing median fills NaN")
     with filled, warnings.catch_warnings():
         # A file without column names goes by position; its width is checked.

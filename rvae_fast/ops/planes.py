@@ -14,6 +14,8 @@ squared     [n] fp64                       squared distance from the plane
 mean        [n] fp64                       mean distance to the nearest ten
 nearest     [n, neighbours] int64          the nearest, none of which is the row itself; of a row that is not finite
                                            zeros, and its distances are NaN
+own         bool                           whether the rows are made of reference rows: the nearest is then the row
+                                           itself, however far
 ==========  =============================  =====================================================================
 
 The kernel is ``csrc/cpu/planes.cpp``; :class:`rvae_fast._planes.Planes` has the same in PyTorch.
@@ -29,7 +31,7 @@ from rvae_fast.ops.residual_stack_op import library
 
 library.define(
     "planes(Tensor h, Tensor rows, Tensor middle, Tensor? axes, Tensor panels, int directions, float longest, "
-    "int neighbours, float penalty) -> (Tensor squared, Tensor mean, Tensor nearest)"
+    "int neighbours, float penalty, bool own=False) -> (Tensor squared, Tensor mean, Tensor nearest)"
 )
 
 _HAS_KERNEL: bool = _native.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -48,6 +50,7 @@ def _fake(
     longest: float,
     neighbours: int,
     penalty: float,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = h.shape[0]
     double = h.new_empty(n, dtype=torch.float64)
@@ -94,11 +97,11 @@ class PackedPlanes:
         self.panels = _panels(columns)
         self.axes = None if axes is None else _panels(axes.T)
 
-    def __call__(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, h: Tensor, own: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """``squared``, ``mean`` and ``nearest`` of rows ``[n, width]`` fp32."""
         return torch.ops.rvae_fast.planes(  # type: ignore[no-any-return]
             h.contiguous(), self.rows, self.middle, self.axes, self.panels, self.directions, self.longest,
-            self.neighbours, self.penalty,
+            self.neighbours, self.penalty, own,
         )  # fmt: skip
 
 

@@ -42,11 +42,14 @@ def test_every_model(name: str, table: Path, tmp_path: Path, run: Callable[..., 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_its_name_here(name: str, table: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     out = tmp_path / "m.safetensors"
-    run("fit", table, "--id", "serial", "--preset", name, "--out", out, "--epochs", 1, "--layers", 4, "--json")
-    loaded = load(out)
     base, members = ENSEMBLES.get(name, (name, None))
+    is_image = name == "image-views"
+    shape = ("--views", "1x5") if is_image else ()  # the table is none: "image" would be refused
+    run("fit", table, "--id", "serial", "--preset", name, "--out", out, "--epochs", 1, "--layers", 4, "--json", *shape)
+    loaded = load(out)
     for detector in getattr(loaded, "estimators_", [loaded]):
         assert detector.anomaly_score == preset(base).get("anomaly_score", "reconstruction")
+        assert (detector.views == "1x5") is is_image is ("views" in preset(base))
     if members is not None:
         assert [detector.learning_rate for detector in loaded.estimators_] == [2e-3, 1e-3]
 

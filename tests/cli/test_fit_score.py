@@ -64,6 +64,24 @@ def test_parts_of_built_in_data_and_an_ensemble(tmp_path: Path, run: Callable[..
     assert "say which class is" in result.stderr
 
 
+def test_views_of_images(tmp_path: Path, run: Callable[..., Any]) -> None:
+    model, out, back = tmp_path / "m", tmp_path / "o", tmp_path / "back"
+    shape = ("--widths", 8, "--blocks", 1, "--epochs", 1)
+    run("fit", "digits", "--novel", 0, *shape, "--scaler", "none", "-o", model)
+    run("fit-score", model, "digits", "--novel", 0, "--views", "image", "-o", out)
+    before, after = load(model), load(out)
+    assert (before.views, after.views) == (None, "image")
+    X = load_digits().data[:20]
+    assert (after.score_samples(X) > before.score_samples(X)).any()
+    run("fit-score", out, "digits", "--novel", 0, "--views", "none", "-o", back)
+    np.testing.assert_array_equal(load(back).score_samples(X), before.score_samples(X))
+    result = run("fit-score", model, "digits", "--novel", 0, "--views", "8x9", "-o", out, "--force", code=1)
+    assert "views has the shape (8, 9), 72 values, where the rows have 64 columns" in result.stderr
+    run("fit", "digits", "--novel", 0, *shape, "--scaler", "standard", "-o", model, "--force")
+    result = run("fit-score", model, "digits", "--novel", 0, "--views", "image", "-o", out, "--force", code=1)
+    assert "views needs scaler=None, got scaler='standard'" in result.stderr
+
+
 def test_refusals(model: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     X, labels = make_rows(50, 0, seed=5)
     fresh, out = write_csv(tmp_path / "fresh.csv", X, labels), tmp_path / "o"

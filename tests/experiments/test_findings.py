@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rvae_fast.datasets.cache import store_arrays
-from rvae_fast.experiments import article, by_name, places
+from rvae_fast.experiments import article, by_name, places, views
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.claims import Claim
 from rvae_fast.experiments.experiment import Settings
@@ -173,6 +173,30 @@ def test_places(good: bool, folder: Path) -> None:
     assert float(against["ridge-/units"]["p"]) < 1e-6
     one = found("places", [r for r in rows if r["seed"] == "0"], folder)
     assert [claim.held for claim in one.values()] == [None] * 2
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_views(good: bool, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        row(model="RVAE", order="pre", novel=digit, seed=seed, n_layers=10,
+            **{f"auroc_{name}": 0.94 + (0.02 if good else -0.01) * ("@views" in name) + 0.002 * rng.normal()
+               - (0.2 if digit == "1" and not good else 0.0) for name in views.SCORES})
+        for digit in article.DIGITS for seed in range(2)
+    ]  # fmt: skip
+    claims = found("views", rows, folder)
+    assert list(claims) == [
+        *(f"mnist: {score} is better by the lowest over views" for score in ("reconstruction", "sap", "hyperplane")),
+        "mnist: hyperplane@views reaches 0.945",
+        "mnist: hyperplane@views of digit 1 is above 0.75",
+    ]
+    assert [claim.held for claim in claims.values()] == [good] * 5
+    tables = by_name("views").findings(rows, Settings(("mnist",), 2), folder).tables
+    lines = {(line["score"], line["views"]): line["mnist, RVAE pre"] for line in tables["By views"]}
+    assert len(lines) == len(views.SCORES)
+    gain = float(lines["sap", "views"]) - float(lines["sap", "none"])
+    assert gain == pytest.approx(0.02 if good else -0.01, abs=2e-3)
+    assert not any(name.startswith("mnist: hyperplane@views") for name in found("views", rows[:3], folder))
 
 
 def test_a_quick_run_is_not_held_against_the_article(folder: Path) -> None:

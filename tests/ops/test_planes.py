@@ -95,6 +95,26 @@ def test_shapes(width: int, count: int, neighbours: int) -> None:
             torch.testing.assert_close(found[0].sqrt(), found[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("directions", [None, 16])
+def test_what_is_made_of_reference_rows_does_not_see_them(directions: int | None) -> None:
+    """A row moved a little: with ``own`` all is as without the row that it was made of."""
+    rows = draw("every direction", 400, 40, 21)
+    h = rows[:50] + 0.02 * draw("every direction", 50, 40, 22)
+    look = packed(rows, 20, directions)
+    squared, mean, nearest = look(h, own=True)
+    assert not (nearest == torch.arange(50)[:, None]).any()
+    assert (look(h)[2] == torch.arange(50)[:, None]).sum(1).eq(1).all()
+    before = Planes.of(rows, 20, PENALTY)
+    with rvae_fast.backend("reference"):
+        reference = before(h, own=True)
+    for found, other in zip((squared, mean, nearest), reference, strict=True):
+        torch.testing.assert_close(found, other, rtol=2e-4, atol=1e-6)
+    for i in (0, 7, 49):
+        without = packed(torch.cat([rows[:i], rows[i + 1 :]]), 20, None)(h[i : i + 1])
+        torch.testing.assert_close(squared[i : i + 1], without[0], rtol=2e-4, atol=1e-6)
+        torch.testing.assert_close(mean[i : i + 1], without[1], rtol=2e-5, atol=1e-5)
+
+
 def test_more_candidates_than_there_is_room_for() -> None:
     """All rows at one distance from what is looked at: no bound excludes any."""
     rows = torch.nn.functional.normalize(draw("every direction", 5000, 40, 4))
@@ -179,6 +199,7 @@ def test_schema_and_fake() -> None:
     for axes, panels, directions in ((look.axes, look.panels, 16),):
         args = (torch.randn(9, 40), look.rows, look.middle, axes, panels, directions, look.longest, 7, PENALTY)
         torch.library.opcheck(torch.ops.rvae_fast.planes.default, args)
+        torch.library.opcheck(torch.ops.rvae_fast.planes.default, (*args, True))
 
 
 @pytest.mark.parametrize(
