@@ -61,9 +61,10 @@ def check(detector: Any) -> None:
     check_choice("missing", detector.missing, MISSING)
     variational = detector._model_class.is_variational
     check_choice("anomaly_score", detector.anomaly_score, [s for s in ANOMALY_SCORES if variational or s != "elbo"])
-    check_choice("pathway", detector.pathway, tuple(PATHWAYS))
-    if not isinstance(detector.pathway_input, (bool, np.bool_)):
-        raise TypeError(f"pathway_input must be True or False, got {detector.pathway_input!r}")
+    check_choice("pathway", detector.pathway, ("auto", *PATHWAYS))
+    given = detector.pathway_input
+    if not isinstance(given, (bool, np.bool_)) and not (isinstance(given, str) and given == "auto"):
+        raise TypeError(f"pathway_input must be True, False or 'auto', got {given!r}")
     for name in ("nap_tolerance", "nap_ridge"):
         check_share(name, getattr(detector, name))
     if not isinstance(detector.verbose, (bool, int, np.integer)):
@@ -133,16 +134,15 @@ def check_scored_by(detector: Any, fitted: dict[str, Any]) -> None:
         )
 
 
-def warn_of_few_rows(rank: int, n_rows: int, ridge: float) -> None:
-    """Warn where NAP has seen too few rows for a threshold among their own scores to mean anything for others.
+def warn_of_few_rows(rank: int, n_rows: int) -> None:
+    """Warn where NAP has seen too few rows for a threshold among their scores to mean anything for others.
 
-    The Mahalanobis distance of a row that helped to find the covariance is too small, the more so the fewer there are:
-    with a direction a row, all of them are at the same distance, and nearly every new row beyond it.
+    With about a direction a row, all of them are at the same distance, and nearly every new row beyond it.
     """
-    if ridge == 0 and n_rows < 10 * rank:
+    if n_rows < 1.5 * rank:
         warnings.warn(
-            f"anomaly_score='nap' found {rank} directions in {n_rows} rows: these rows score lower than new ones will, "
-            f"many of which the threshold will flag. Give it {10 * rank} rows, or nap_ridge=1.0, or take another "
+            f"anomaly_score='nap' found {rank} directions in {n_rows} rows: nearly every new row lies outside them, "
+            "and the threshold tells little. Give it three times as many rows, or take another pathway or "
             "anomaly_score",
             UserWarning,
             stacklevel=5,

@@ -13,9 +13,11 @@ from sklearn.exceptions import NotFittedError
 from rvae_fast import _detector_options as options
 from rvae_fast._thresholded import Self, Thresholded
 from rvae_fast._validation import check_table
+from rvae_fast._whitening import held_out
 from rvae_fast.hyperplane import fit_hyperplane, hyperplane_parts
 from rvae_fast.local import fit_local, local_parts
 from rvae_fast.models import Autoencoder
+from rvae_fast.pathway import default_pathway
 from rvae_fast.preprocessing import Scaler, chunks, scaled_table
 from rvae_fast.rapp import fit_nap, nap_parts, sap_parts
 from rvae_fast.scoring import score_parts
@@ -39,7 +41,7 @@ class Scored(Thresholded):
 
     anomaly_score: str
     pathway: str
-    pathway_input: bool
+    pathway_input: bool | str
     nap_tolerance: float
     nap_ridge: float
     contamination: float
@@ -95,8 +97,12 @@ class Scored(Thresholded):
         """Chunks of a checked table as the network takes them."""
 
     def _pathway_options(self) -> dict[str, Any]:
-        pathway = {"pathway": self.pathway, "include_input": self.pathway_input}
-        return {**pathway, **self._network_options()}
+        pathway, include_input = default_pathway(self.model_, self.anomaly_score)
+        return {
+            "pathway": pathway if self.pathway == "auto" else self.pathway,
+            "include_input": include_input if self.pathway_input == "auto" else bool(self.pathway_input),
+            **self._network_options(),
+        }
 
     def _relearn(self, X: Any) -> NDArray[np.float64]:
         """What ``fit_score`` does; returns the rows' anomaly scores."""
@@ -133,7 +139,7 @@ class Scored(Thresholded):
             self.nap_ = fit_nap(
                 model, rows, tolerance=self.nap_tolerance, ridge=self.nap_ridge, **self._pathway_options()
             )
-            options.warn_of_few_rows(self.nap_.rank, len(rows), self.nap_ridge)
+            options.warn_of_few_rows(self.nap_.rank, len(rows))
         if self.anomaly_score == "local":
             self.local_ = fit_local(model, rows, **self._network_options())
         if self.anomaly_score == "hyperplane":
@@ -146,8 +152,12 @@ class Scored(Thresholded):
             )
         self._scored_by = options.scored_by(self)
         self._times_learnt += 1
-        self.offset_ = float(np.percentile(-scores, 100.0 * self.contamination))
+        self.offset_ = float(np.percentile(-self._as_held_out(scores), 100.0 * self.contamination))
         return scores
+
+    def _as_held_out(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scores of the rows that the score was learnt from, for a threshold: NAP's as if each had not been there."""
+        return held_out(scores) if self.anomaly_score == "nap" else scores
 
     def _scores(self, rows: Any, *, own: bool = False) -> Iterator[NDArray[np.float64]]:
         """Anomaly scores of scaled rows (an array, or an iterable of chunks), one array a chunk.

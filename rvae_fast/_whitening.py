@@ -49,6 +49,32 @@ class NAP:
         return score
 
 
+def held_out(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """NAP of the rows that it was learnt from, each as if it had not been among them.
+
+    A row that helped to find mean and covariance is too near by them, the more so the fewer rows there are to a
+    direction; a threshold among such scores would flag most new rows. Leaving a row out changes the scatter matrix by
+    one of rank one, whose inverse is known (Sherman and Morrison, 1950): with ``g`` the score by the scatter matrix of
+    all ``n`` rows in place of their covariance,
+
+        n^2 / (n - 1) * g / (1 - n / (n - 1) * g)
+
+    Parameters
+    ----------
+    scores : ndarray [n] float64
+        All of theirs.
+
+    Returns
+    -------
+    ndarray [n] float64
+        Exact but for a ridge and a tolerance, which would be of the other rows' variances. Where no other row varies in
+        a direction of the row's own it is next to infinite.
+    """
+    n = len(scores)
+    g = scores / n
+    return n * n / (n - 1) * g / np.maximum(1.0 - n / (n - 1) * g, 1e-9)
+
+
 class Moments:
     """Mean and scatter matrix of rows that stream past, in fp64; chunks merge by Chan's rule.
 

@@ -62,10 +62,12 @@ class RVAEDetector(BaseDetector):
         deeper units; or the hyperplane score (:mod:`rvae_fast.hyperplane`): the distance inside the encoder from the
         plane through the nearest training rows, beside theirs, and NAP. Both keep training rows, the latter up to
         60,000 of them. ``"elbo"`` is for the variational detectors.
-    pathway : {"stages", "units", "branches", "linears", "activations"}, default "stages"
-        Where SAP and NAP compare, see :data:`rvae_fast.pathway.PATHWAYS`.
-    pathway_input : bool, default True
-        Whether SAP and NAP count the difference of the row itself too, as the paper does.
+    pathway : {"auto", "stages", "units", "branches", "linears", "activations"}, default "auto"
+        Where SAP and NAP compare, see :data:`rvae_fast.pathway.PATHWAYS`. ``"auto"`` is the paper's ``"stages"``, but
+        for NAP of a residual network ``"units"`` where these have at most 2,000 columns.
+    pathway_input : bool or "auto", default "auto"
+        Whether SAP and NAP count the difference of the row itself too, as in the paper; ``"auto"`` leaves it out of NAP
+        of a residual network, which is the better for it.
     views : {"image"} or "HxW", "CxHxW", mapping, :class:`rvae_fast.views.ImageViews`, optional
         For rows that are flattened images: a row is scored as it is and shifted, turned, zoomed and slanted a little,
         and the lowest score counts (:mod:`rvae_fast.views`). ``"image"`` is a square one of one channel. Needs
@@ -85,7 +87,8 @@ class RVAEDetector(BaseDetector):
         Stop after so many epochs without a lower validation loss (by ``min_delta``); needs a ``validation_fraction``.
     min_delta : float, default 0.0
     contamination : float, default 0.1
-        Share of the training rows to flag, in (0, 0.5]: it places the threshold and nothing else.
+        Share of the training rows to flag, in (0, 0.5]: it places the threshold and nothing else. By ``"nap"``, and by
+        ``"hyperplane"`` of other views, each counts as if it had been held out; scored again it is a little nearer.
     random_state : int, RandomState or None, default None
         Seed of initialisation, row order, validation split and sampling. An int makes ``fit`` repeatable.
     device : str, default "auto"
@@ -161,8 +164,8 @@ class RVAEDetector(BaseDetector):
         kld_weight: float = 1.0,
         kld_warmup_epochs: float = 0.0,
         anomaly_score: str = "reconstruction",
-        pathway: str = "stages",
-        pathway_input: bool = True,
+        pathway: str = "auto",
+        pathway_input: bool | str = "auto",
         views: str | Mapping[str, Any] | ImageViews | None = None,
         nap_tolerance: float = 1e-10,
         nap_ridge: float = 0.0,
@@ -208,8 +211,8 @@ class VAEDetector(BaseDetector):
         kld_weight: float = 1.0,
         kld_warmup_epochs: float = 0.0,
         anomaly_score: str = "reconstruction",
-        pathway: str = "stages",
-        pathway_input: bool = True,
+        pathway: str = "auto",
+        pathway_input: bool | str = "auto",
         views: str | Mapping[str, Any] | ImageViews | None = None,
         nap_tolerance: float = 1e-10,
         nap_ridge: float = 0.0,
@@ -257,8 +260,8 @@ class RAEDetector(BaseDetector):
         negative_slope: float = 0.01,
         likelihood: str = "squared",
         anomaly_score: str = "reconstruction",
-        pathway: str = "stages",
-        pathway_input: bool = True,
+        pathway: str = "auto",
+        pathway_input: bool | str = "auto",
         views: str | Mapping[str, Any] | ImageViews | None = None,
         nap_tolerance: float = 1e-10,
         nap_ridge: float = 0.0,
@@ -302,8 +305,8 @@ class AEDetector(BaseDetector):
         negative_slope: float = 0.01,
         likelihood: str = "squared",
         anomaly_score: str = "reconstruction",
-        pathway: str = "stages",
-        pathway_input: bool = True,
+        pathway: str = "auto",
+        pathway_input: bool | str = "auto",
         views: str | Mapping[str, Any] | ImageViews | None = None,
         nap_tolerance: float = 1e-10,
         nap_ridge: float = 0.0,

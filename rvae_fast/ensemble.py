@@ -179,7 +179,7 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
                 member.__dict__.pop("_keeps_training_scores", None)
                 member.__dict__.pop("_training_scores", None)
             units.append(unit(member, scores))
-            total = total + scores / units[-1]
+            total = total + member._as_held_out(scores) / units[-1]
         self.units_ = np.array(units)
         self._scored_by = [options.scored_by(member) for member in members]
         self._times_learnt = [member._times_learnt for member in members]

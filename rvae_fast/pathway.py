@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rvae_fast._activations import Activation, activate
+from rvae_fast._taps import taps
 from rvae_fast._validation import check_choice
 from rvae_fast.models import Autoencoder
 from rvae_fast.nn import ResidualStack
@@ -28,6 +29,23 @@ PATHWAYS: dict[str, str] = {
     "linears": "the output of every linear layer, before BatchNorm, activation and addition",
     "activations": "the input of every linear layer, after BatchNorm and activation, and the code",
 }
+
+
+#: Columns of the places of ``"units"`` beyond which they are too many for NAP to take by default: its covariance is of
+#: their square, and so are its scores.
+MOST_COLUMNS = 2000
+
+
+def default_pathway(model: Autoencoder, score: str) -> tuple[str, bool]:
+    """Where SAP and NAP (``score``: "sap" or "nap") compare unless told otherwise, and whether the input counts.
+
+    SAP, and NAP of a plain network: as in the paper. NAP of a residual one does better without the input, and after
+    every unit where they have no more than :data:`MOST_COLUMNS` columns (``docs/results/README.md``, "Where to look").
+    """
+    if score != "nap" or not model.is_residual:
+        return "stages", True
+    columns = int(taps(model, "units")[:, 2].sum())
+    return ("units" if columns <= MOST_COLUMNS else "stages"), False
 
 
 def hidden(model: Autoencoder, x: Tensor, pathway: str = "stages") -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from rvae_fast._whitening import held_out
 from rvae_fast.models import MODELS, Autoencoder
 from rvae_fast.pathway import PATHWAYS, differences, hidden, reconstruct
 from rvae_fast.rapp import NAP, Moments, fit_nap, nap_scores, sap_scores
@@ -261,3 +262,26 @@ def test_bad_arguments_are_named(rows: np.ndarray) -> None:
     still.update(np.ones((5, 2)))
     with pytest.raises(ValueError, match="do not vary"):
         still.whiten()
+
+
+@pytest.mark.parametrize(("n", "width"), [(40, 3), (40, 30), (200, 90)])
+def test_a_row_as_if_it_had_been_held_out(n: int, width: int) -> None:
+    rows = np.random.default_rng(n).normal(size=(n, width)) @ np.random.default_rng(width).normal(size=(width, width))
+
+    def nap_of(these: np.ndarray) -> Any:
+        moments = Moments()
+        moments.update(these.copy())
+        return moments.whiten()
+
+    def scores(nap: Any, these: np.ndarray) -> np.ndarray:
+        return nap.scorer(torch.device("cpu"))(torch.from_numpy(these)).numpy()
+
+    wanted = [scores(nap_of(np.delete(rows, i, 0)), rows[i : i + 1])[0] for i in range(n)]
+    np.testing.assert_allclose(held_out(scores(nap_of(rows), rows)), wanted, rtol=1e-6)
+
+
+def test_a_direction_of_a_rows_own() -> None:
+    """Without the row there would be no such direction: as far as can be, and finite."""
+    found = held_out(np.full(10, 9.0))  # ten rows in nine directions
+    assert np.isfinite(found).all()
+    assert (found > 1e6).all()

@@ -52,7 +52,8 @@ def test_more_rows_to_compare_with(score: str, table: np.ndarray, tmp_path: Path
     detector.fit_score(table)
     assert detector.scaler_ is scaler
     assert not np.array_equal(detector.score_samples(table[:5]), few)
-    assert (detector.predict(table) == -1).sum() == 60
+    flagged = (detector.predict(table) == -1).sum()
+    assert 45 < flagged <= 60 if score == "nap" else flagged == 60  # by NAP each as if it had been held out
     if score == "hyperplane":
         assert len(detector.hyperplane_.features) == 300
     detector.save(tmp_path / "detector.safetensors")
