@@ -15,6 +15,7 @@ from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 from rvae_fast.experiments.cells import Cell
+from rvae_fast.experiments.cost import rows_of_training
 from rvae_fast.experiments.store import Results
 from rvae_fast.experiments.work import build, run_cell, split_of
 
@@ -176,9 +177,9 @@ def multiplications(cell: Cell, in_features: int) -> int:
 def estimate(cells: Sequence[Cell], jobs: int) -> float:
     """Seconds that the cells will take, from a few timed steps of one network of each model, in fp32 or bf16 as given.
 
-    Other depths scale by the number of their weights, other rows and epochs by themselves; what comes after the
-    training is counted as a tenth of it (NAP of images takes more). It is the time on a machine that has nothing else
-    to do.
+    Other depths scale by the number of their weights, other rows and epochs by themselves; what the scores take is
+    counted in rows of training (:mod:`rvae_fast.experiments.cost`). It is the time on a machine that has nothing else
+    to do; a model that is kept already counts as if it were trained.
     """
     import torch
 
@@ -186,7 +187,7 @@ def estimate(cells: Sequence[Cell], jobs: int) -> float:
         return 0.0
     rates: dict[str, float] = {}
     weights: dict[tuple[Any, ...], int] = {}
-    shapes: dict[tuple[str, str, str], tuple[int, int]] = {}
+    shapes: dict[tuple[str, str, str], tuple[int, int, int, int]] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     total = 0.0
@@ -194,16 +195,19 @@ def estimate(cells: Sequence[Cell], jobs: int) -> float:
         for cell in cells:
             data = (cell.data, cell.setting, cell.novel)
             if data not in shapes:
-                shapes[data] = split_of(cell).X_train.shape
-            rows, width = shapes[data]
+                split = split_of(cell)
+                shapes[data] = (*split.X_train.shape, len(split.X_validation), len(split.X_test))
+            rows, width, validation, test = shapes[data]
             net = (cell.data, cell.model, cell.order, cell.n_layers, repr(cell.network))
             if net not in weights:
                 weights[net] = multiplications(cell, width)
             series = f"{cell.model} {cell.order}"
             if series not in rates:
                 rates[series] = _seconds_a_row(cell, width) / weights[net]
-            seen = min(rows, cell.rows or rows) * int(cell.training.get("epochs", 100)) * len(cell.models)
-            total += 1.1 * rates[series] * weights[net] * seen
+            most = cell.rows or rows
+            trained = min(rows, most) * int(cell.training.get("epochs", 100))
+            scored = rows_of_training(cell.scores, min(rows, most), min(validation, most), min(test, 2 * most))
+            total += rates[series] * weights[net] * (trained + scored) * len(cell.models)
     finally:
         torch.set_num_threads(threads)
     return total / min(jobs, len(cells))

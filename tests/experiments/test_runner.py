@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from rvae_fast.experiments import runner
+from rvae_fast.experiments import by_name, runner
 from rvae_fast.experiments.cells import Cell
+from rvae_fast.experiments.cost import rows_of_training
+from rvae_fast.experiments.experiment import Settings
 from rvae_fast.experiments.store import Results, ResultsError
 
 from .conftest import cell
@@ -223,6 +225,20 @@ def test_estimate_grows_with_the_work() -> None:
     short, long = cell(training={"epochs": 2, "batch_size": 32}), cell(training={"epochs": 200, "batch_size": 32})
     assert 20 * runner.estimate([short], 1) < runner.estimate([long], 1)
     assert runner.estimate([], 2) == 0.0
+
+
+def test_what_scores_take_counts() -> None:
+    """In rows of training, by the figures of ten layers on images: half a training for novelty's and hyperplane."""
+    rows = (38_000, 12_600, 19_500)
+    shares = {
+        name: rows_of_training(by_name(name).grid(Settings(("mnist",), 1))[-1].scores, *rows) / (12 * rows[0])
+        for name in ("novelty", "rapp", "places", "views")
+    }
+    assert shares["novelty"] < shares["rapp"] < 0.7 < shares["places"] < 1.6
+    assert shares["views"] > 1.0
+    assert rows_of_training(("reconstruction",), *rows) < rows_of_training(("reconstruction@views",), *rows) / 10
+    every = ("reconstruction", "elbo", "sap", "nap/units", "local", "hyperplane", "pixel", "samples", "rank")
+    assert rows_of_training(every, *rows) > rows_of_training(every[:-2], *rows) > 0
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (200, "3 min"), (9000, "2.5 h")])
