@@ -9,7 +9,8 @@
 #   make native                  recompile the native module in place (quick; for work on csrc/)
 #   make doctor                  say which fast paths this installation has, and why not the others
 #
-# Variables: PYTHON (the interpreter that makes the venv), VENV, DATA, DIGIT, OUT, ARGS (passed to pytest), and the build's own
+# Variables: PYTHON (the interpreter that makes the venv), VENV, DATA, DIGIT, OUT, ARGS (passed to pytest), TEST_JOBS (processes
+# that test, as many as there are cores up to four), and the build's own
 # (RVAE_FAST_NATIVE, RVAE_FAST_CUDA, MAX_JOBS...: see build_tools/native_build.py). pip's own variables are honoured.
 
 PYTHON ?= python3
@@ -18,6 +19,7 @@ DATA ?= digits
 DIGIT ?=
 OUT ?= runs/demo-$(DATA)$(DIGIT:%=-%)
 ARGS ?=
+TEST_JOBS ?= auto
 BENCH_ARGS ?=
 DATASETS ?= digits mnist fashion_mnist shuttle satellite
 
@@ -91,7 +93,7 @@ data: $(STAMP)/install $(STAMP)/extra-data
 # ------------------------------------------------------------------------------------------------------------- for developers
 .PHONY: test lint format bench bench-full test-sanitize check-cuda dist clean distclean
 test: $(STAMP)/install $(STAMP)/extra-test $(STAMP)/tests-triton
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal $(ARGS)
 
 # Triton runs interpreted and cross-compiles without a GPU. Where it cannot be installed its tests skip, and say so; the
 # next run tries again.

@@ -10,6 +10,9 @@ from typing import Any
 # Before torch is imported: its pool of threads is sized once. Two are enough for what tests do, and keep sums
 # repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# Threads that spin while they wait would take the cores from the processes that test beside this one.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Pictures are drawn to files, never to a screen.
 os.environ.setdefault("MPLBACKEND", "Agg")
 

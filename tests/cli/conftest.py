@@ -42,7 +42,7 @@ def write_csv(path: Path, X: np.ndarray, labels: np.ndarray | None = None, ids: 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Run a command; returns typer's result, with exit_code, stdout and stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")  # a message with a path in it stays in one line
     monkeypatch.setenv("NO_COLOR", "1")
     runner = CliRunner()
 
