@@ -10,7 +10,7 @@ PRESETS: dict[str, str] = {
     "table": "rows of a table: the detectors' own defaults",
     "image": "flattened grey-scale images with values in [0, 1], MNIST's size or thereabouts",
     "image-hyperplane": "the same, by a short training and the hyperplane score, which keeps training rows",
-    "image-views": "the same, each image scored by the least anomalous of eleven small deformations of it",
+    "image-views": "the same, each image scored by the least anomalous of eleven views, ten of them deformed",
     "image-two-rates": "two networks of image-hyperplane, one trained at half the learning rate: an EnsembleDetector",
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from rvae_fast.experiments import view_scores
 from rvae_fast.experiments.pathway_scores import NAP_ROWS, parse
+from rvae_fast.views import ImageViews
 
 #: A scored row.
 ROW = {"reconstruction": 0.7, "elbo": 0.7, "local": 2.0, "hyperplane": 1.6, "pixel": 1.0, "samples": 16.0, "rank": 0.0}
@@ -23,7 +24,7 @@ LEARNT = {"local": 1.0, "hyperplane": 2.0}
 EIGENVECTORS = {"stages": 7_000.0, "units": 50_000.0, "branches": 50_000.0}
 
 #: Views of an image, as many times the row.
-VIEWS = 11
+VIEWS = len(ImageViews((28, 28)))
 
 
 def rows_of_training(names: Sequence[str], train: int, validation: int, test: int) -> float:

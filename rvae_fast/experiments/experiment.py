@@ -1,4 +1,4 @@
-"""What the five experiments have in common: settings, a grid, and what they make of its rows."""
+"""What the experiments have in common: settings, a grid, and what they make of its rows."""
 
 from __future__ import annotations
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rvae_fast.experiments import article
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.claims import Claim, greater, untested
 from rvae_fast.experiments.experiment import Experiment, Settings
-from rvae_fast.experiments.novelty import EPOCHS, QUICK_EPOCHS, QUICK_ROWS
+from rvae_fast.experiments.novelty import rvae_cells
 from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.plots import plot_means
 from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary, value
@@ -53,18 +52,7 @@ DEFAULTS = {"SAP": "sap/stages", "NAP": "nap/stages"}
 
 def grid(settings: Settings) -> list[Cell]:
     """RVAE of ten layers by ten novel classes (one in a quick run) by seeds."""
-    return settings.vary(
-        [
-            Cell(
-                data=data, novel=novel, model="RVAE", order="pre", n_layers=10, seed=seed,
-                training=settings.training(EPOCHS, QUICK_EPOCHS), scores=QUICK_SCORES if settings.quick else SCORES,
-                rows=settings.rows(QUICK_ROWS),
-            )
-            for data in settings.data
-            for seed in range(settings.seeds)
-            for novel in (("0",) if settings.quick else article.DIGITS)
-        ]
-    )  # fmt: skip
+    return rvae_cells(settings, QUICK_SCORES if settings.quick else SCORES)
 
 
 def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:

@@ -44,7 +44,7 @@ def reproduce(
 
     Parameters
     ----------
-    name : {"degradation", "explosion", "novelty", "deep", "rapp", "places"}
+    name : {"degradation", "explosion", "novelty", "deep", "rapp", "places", "views"}
     quick : bool, default False
         A few epochs on a part of the rows, one or two classes, two seeds: meant to take under three minutes on two idle
         cores. It shows that everything works, and proves nothing.

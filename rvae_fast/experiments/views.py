@@ -12,7 +12,7 @@ from rvae_fast.experiments import article
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.claims import at_least, greater
 from rvae_fast.experiments.experiment import Experiment, Settings
-from rvae_fast.experiments.novelty import EPOCHS, QUICK_EPOCHS, QUICK_ROWS
+from rvae_fast.experiments.novelty import rvae_cells
 from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.plots import plot_means
 from rvae_fast.experiments.rapp import BOUNDS
@@ -28,17 +28,7 @@ DIGIT_ONE = 0.75
 
 def grid(settings: Settings) -> list[Cell]:
     """RVAE of ten layers by ten novel classes (one in a quick run) by seeds."""
-    return settings.vary(
-        [
-            Cell(
-                data=data, novel=novel, model="RVAE", order="pre", n_layers=10, seed=seed,
-                training=settings.training(EPOCHS, QUICK_EPOCHS), scores=SCORES, rows=settings.rows(QUICK_ROWS),
-            )
-            for data in settings.data
-            for seed in range(settings.seeds)
-            for novel in (("0",) if settings.quick else article.DIGITS)
-        ]
-    )  # fmt: skip
+    return rvae_cells(settings, SCORES)
 
 
 def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
@@ -93,7 +83,8 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
         for score in OF
         for kind in ("", *KINDS, ALL)
     ]  # fmt: skip
-    found.tables["By class"] = summary(rows, metrics, ("data", "series", "novel"))
+    both = tuple(f"auroc_{score}{views}" for score in OF for views in ("", f"@{ALL}"))
+    found.tables["By class"] = summary(rows, both, ("data", "series", "novel"))
     return found
 
 
