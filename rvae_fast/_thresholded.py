@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 
-from rvae_fast._validation import check_share_of_rows
+from rvae_fast._conformal import conformal_offset
+from rvae_fast._cross_calibration import check_cross_calibration, held_out_scores
+from rvae_fast._validation import check_share_of_rows, check_table
 
 Self = TypeVar("Self", bound="Thresholded")
 
@@ -22,6 +24,7 @@ class Thresholded(OutlierMixin, BaseEstimator, ABC):  # type: ignore[misc]
     """A detector with ``score_samples`` and, once fitted, ``offset_``."""
 
     offset_: float
+    contamination: float
 
     @abstractmethod
     def score_samples(self, X: Any) -> NDArray[np.float64]:
@@ -89,6 +92,60 @@ class Thresholded(OutlierMixin, BaseEstimator, ABC):  # type: ignore[misc]
         self._place(conformal_offset(self.score_samples(X), share))
         return self
 
+    def cross_calibrate(self: Self, X: Any, *, false_alarm_rate: float | None = None, folds: int = 5) -> Self:
+        """Place the threshold by the rows it was trained on, each scored by a copy that has not seen it.
+
+        For tables too small to hold rows back for :meth:`calibrate`: a network knows a few hundred rows nearly by
+        heart, and a threshold among their scores flags most of the new ones. The copies are trained on the other
+        ``folds - 1`` parts of the rows, with the same parameters; then they are forgotten.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor [n_rows, n_features]
+            The training rows.
+        false_alarm_rate : float, optional
+            Share of new rows like these to be flagged, in (0, 0.5]; ``contamination`` unless given.
+        folds : int, default 5
+            Trainings, each as long as ``fit``. The more there are, the nearer the copies come to the detector.
+
+        Returns
+        -------
+        self
+            With another ``offset_``, one of the score that is taken now; the network stays as it is.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+        TypeError, ValueError
+            For a rate or a number of folds that is none, too few rows for them, and what ``fit`` raises. The detector
+            is then as it was before.
+
+        Notes
+        -----
+        Cross-conformal prediction (Vovk 2015). Unlike :meth:`calibrate` it promises nothing: the copies have fewer
+        rows to learn from, so that it rather flags too few. Anomalies among the rows count as normal ones.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rvae_fast import RVAEDetector
+        >>> X = np.random.default_rng(0).normal(size=(150, 8))
+        >>> detector = RVAEDetector(epochs=5, random_state=0).fit(X)
+        >>> before = detector.threshold_
+        >>> bool(detector.cross_calibrate(X, folds=3).threshold_ > before)
+        True
+        """
+        rate = self.contamination if false_alarm_rate is None else false_alarm_rate
+        share = check_share_of_rows("false_alarm_rate", rate, "the share of rows to be flagged")
+        check_is_fitted(self)
+        table = check_table(self, X, reset=False, min_rows=2)
+        folds = check_cross_calibration(folds, share, len(table))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
+            self.score_samples(table[:1])  # and whether it can score as it is
+        self._place(conformal_offset(held_out_scores(self, table, folds), share))
+        return self
+
     @property
     def threshold_(self) -> float:
         """Anomaly score (``-score_samples``) above which a row is an anomaly: ``-offset_``. It may be set."""
@@ -115,40 +172,3 @@ class Thresholded(OutlierMixin, BaseEstimator, ABC):  # type: ignore[misc]
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "offset_")
-
-
-def conformal_offset(scores: NDArray[np.float64], rate: float) -> float:
-    """The ``score_samples`` below which at most ``rate`` of further normal rows lie.
-
-    Parameters
-    ----------
-    scores : ndarray [n_rows] float64
-        Of normal rows, higher being more normal.
-    rate : float
-        In (0, 1).
-
-    Returns
-    -------
-    float
-        The k-th smallest score, k the whole part of ``rate * (n_rows + 1)``: a further row is as likely to be at any
-        of the n + 1 places among them, and below the k-th in k.
-
-    Raises
-    ------
-    ValueError
-        For fewer rows than one false alarm needs, or where the score is not finite.
-    """
-    k = math.floor(rate * (len(scores) + 1) * (1 + 1e-12))  # 0.01 * 700 is 6.999...
-    if k < 1:
-        needed = np.ceil((1 / rate) * (1 - 1e-12)) - 1  # by numpy, which knows an infinite number of rows
-        many = f"{needed:,.0f}" if needed < 1e15 else f"{needed:.3g}"
-        raise ValueError(f"false_alarm_rate={rate:g} needs at least {many} rows, X has {len(scores):,}")
-    offset = float(np.partition(scores, k - 1)[k - 1])
-    if np.isnan(scores).any():
-        raise ValueError(f"{np.count_nonzero(np.isnan(scores)):,} of {len(scores):,} rows have NaN for a score")
-    if not np.isfinite(offset):
-        raise ValueError(
-            f"{np.count_nonzero(~np.isfinite(scores)):,} of {len(scores):,} rows have no finite score, more than "
-            f"false_alarm_rate={rate:g} of them: there is no threshold to place"
-        )
-    return offset

@@ -282,6 +282,14 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
         self._check_threshold()
         return super().calibrate(X, false_alarm_rate=false_alarm_rate)
 
+    def cross_calibrate(self, X: Any, *, false_alarm_rate: float | None = None, folds: int = 5) -> EnsembleDetector:
+        """Place the threshold by rows scored by copies that have not seen them: :meth:`RVAEDetector.cross_calibrate`.
+
+        The members must score as they did when they were fitted, as for :meth:`calibrate`.
+        """
+        self._check_threshold()
+        return super().cross_calibrate(X, false_alarm_rate=false_alarm_rate, folds=folds)
+
     def _place(self, offset: float) -> None:
         self._check_threshold()
         super()._place(offset)

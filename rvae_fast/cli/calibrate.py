@@ -78,7 +78,7 @@ def calibrate(
         usage_error(f"must be above 0 and at most 0.5, got {false_alarms:g}", "--false-alarms")
     refuse_to_overwrite([out], force)
 
-    from rvae_fast._thresholded import conformal_offset
+    from rvae_fast._conformal import conformal_offset
     from rvae_fast.serialization import save
 
     with contextlib.ExitStack() as stack:

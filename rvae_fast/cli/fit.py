@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -42,10 +42,6 @@ from rvae_fast.cli.source import (
     PartOption,
     SplitSeedOption,
 )
-
-if TYPE_CHECKING:
-    from rvae_fast.cli.source import Source
-    from rvae_fast.datasets import Table
 
 __all__ = ["fit"]
 
@@ -95,6 +91,15 @@ def fit(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            "--folds",
+            min=2,
+            help="For few rows: the threshold by rows that a copy has not seen, which takes so many more trainings.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     scaler: Annotated[
         Scaling | None,
         typer.Option("--scaler", help="[default: standard; with --preset image...: none]", rich_help_panel=MODEL),
@@ -130,12 +135,14 @@ def fit(
     - `rvae-fast fit normal.csv --id serial --out model.safetensors --report report/`
     - `rvae-fast fit readings.parquet --label faulty --epochs 200 --validation 0.1 --patience 20`
     - `rvae-fast fit big.npy --checkpoint run.ckpt`, and if it is interrupted the same with `--resume`
+    - `rvae-fast fit few_rows.csv --folds 5 --contamination 0.05`: a threshold that holds for new rows
     - `rvae-fast fit mnist --novel 0 --out mnist.safetensors`
 
     **Exit status**: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     from rvae_fast.cli.defaults import starting_parameters
-    from rvae_fast.cli.interrupted import keep_what_there_is, name_columns
+    from rvae_fast.cli.fit_report import FEW_ROWS, check_folds_of_file, write_fit_report
+    from rvae_fast.cli.interrupted import keep_trained, keep_what_there_is, name_columns
     from rvae_fast.cli.members import checkpoint_files, summary
     from rvae_fast.cli.run import split_names, told_of_file
     from rvae_fast.cli.source import binary_labels, frame, open_source, parse_shape
@@ -221,6 +228,8 @@ def fit(
             detector = EnsembleDetector(
                 detector, members=several, contamination=detector.contamination, random_state=seed
             )
+        if folds is not None:
+            check_folds_of_file(folds, detector.contamination, len(X), source.name)
         try:
             with told_of_file(source.name, "--missing mean or --missing median fills NaN"):
                 detector.fit(frame(X, names))
@@ -228,6 +237,14 @@ def fit(
             if checkpoint is None:
                 keep_what_there_is(detector, frame(X, names), names, out)
             raise
+        if folds is not None:
+            if not quiet:
+                note(f"placing the threshold by {folds} trainings on parts of the rows")
+            try:
+                detector.cross_calibrate(frame(X, names), folds=folds)
+            except KeyboardInterrupt:
+                keep_trained(detector, names, out)
+                raise
         seconds = time.perf_counter() - started
         fitted = getattr(detector, "estimators_", [detector])
         name_columns((detector, *fitted), names)
@@ -235,7 +252,7 @@ def fit(
         save(detector, out)
         page = None
         if report is not None:
-            page = _report(report, detector, table, truth, source, shape or source.image_shape, seconds)
+            page = write_fit_report(report, detector, table, truth, source, shape or source.image_shape, seconds)
     found = summary(fitted)
     if json_output:
         print_json(
@@ -247,6 +264,7 @@ def fit(
                 "features": X.shape[1],
                 **found,
                 "threshold": detector.threshold_,
+                "folds": folds,
                 "seconds": round(seconds, 3),
                 "report": None if page is None else str(page),
             }
@@ -258,41 +276,14 @@ def fit(
             f"{found['epochs']} epochs in {seconds:.1f} s, loss {found['train_loss']:.5g}, "
             f"threshold {detector.threshold_:.6g}"
         )
+        if folds is None and len(X) < FEW_ROWS:
+            note(
+                f"{len(X):,} rows are few: the model knows them nearly by heart, and of new ones more are beyond the "
+                "threshold than --contamination says; --folds 5 places it by rows that a copy has not seen"
+            )
         for path in (out, page):
             if path is not None:
                 note(f"wrote {path}")
-
-
-def _report(
-    path: Path,
-    detector: Any,
-    table: Table,
-    truth: Any,
-    source: Source,
-    shape: tuple[int, ...] | None,
-    seconds: float,
-) -> Path:
-    """Write the report about all rows that were read, those left out of the training among them."""
-    from rvae_fast.cli.run import rate, score_named
-    from rvae_fast.report import write_report
-
-    started = time.perf_counter()
-    scores = score_named(detector, table.X)
-    speed = len(scores) / max(time.perf_counter() - started, 1e-9)
-    return write_report(
-        path,
-        scores=scores,
-        threshold=detector.threshold_,
-        labels=truth if truth is not None and truth.any() else None,
-        detector=detector,
-        X=table.X,
-        ids=None if table.ids is None else table.ids.tolist(),
-        image_shape=shape,
-        feature_names=table.columns,
-        title=f"Training on {source.name}",
-        description="Scores of the rows read for training; rows that the model has not seen score somewhat higher.",
-        facts={"Training": f"{seconds:.1f} s", "Scoring": rate(speed)},
-    )
 
 
 def _with_parameters() -> Any:

@@ -33,8 +33,6 @@ def keep_what_there_is(detector: Any, X: Any, names: Sequence[str] | None, out: 
     out : Path
         Where the whole one would have gone: the name becomes ``NAME.interrupted.SUFFIX``, numbered where that is taken.
     """
-    from rvae_fast.serialization import save
-
     if hasattr(detector, "estimators_"):
         note("of several members nothing is kept without --checkpoint")
         return
@@ -43,11 +41,24 @@ def keep_what_there_is(detector: Any, X: Any, names: Sequence[str] | None, out: 
         return
     note(f"interrupted in epoch {done + 1}; saving what there is (Ctrl-C again: without)")
     detector.fit_score(X)
-    name_columns([detector], names)
+    path = _save_beside(detector, names, out)
+    note(f"wrote {path}; with --checkpoint a training can be resumed")
+
+
+def keep_trained(detector: Any, names: Sequence[str] | None, out: Path) -> None:
+    """Save a trained detector or ensemble beside ``out`` whose threshold was interrupted, with that of ``fit``."""
+    path = _save_beside(detector, names, out)
+    note(f"wrote {path}, its threshold by the training rows; rvae-fast calibrate places another")
+
+
+def _save_beside(detector: Any, names: Sequence[str] | None, out: Path) -> Path:
+    from rvae_fast.serialization import save
+
+    name_columns((detector, *getattr(detector, "estimators_", ())), names)
     names_tried = (
         f"{out.stem}.interrupted{number}{out.suffix}" for number in itertools.chain([""], itertools.count(2))
     )
     path = next(path for name in names_tried if not (path := out.with_name(name)).exists())
     path.parent.mkdir(parents=True, exist_ok=True)
     save(detector, path)
-    note(f"wrote {path}; with --checkpoint a training can be resumed")
+    return path

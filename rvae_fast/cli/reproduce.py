@@ -21,6 +21,7 @@ _ABOUT = {
     "rapp": "reconstruction error, SAP, NAP and local score",
     "places": "SAP and NAP by where in a residual encoder they look",
     "views": "scores by the lowest over small deformations of an image",
+    "tabular": "the detectors on tables, beside scikit-learn's",
 }
 
 

@@ -18,15 +18,17 @@ class Cell:
     ----------
     data : str
         Name of a data set of :mod:`rvae_fast.datasets`.
-    setting : {"multimodal", "unimodal"}
-        RaPP's: one class is novel and all others normal, or one class is normal and all others novel.
+    setting : {"multimodal", "unimodal", "table"}
+        RaPP's: one class is novel and all others normal, or one class is normal and all others novel. Or a table,
+        half of whose normal rows are trained on.
     novel : str
         The class that is on its own.
     model : {"AE", "RAE", "VAE", "RVAE"}
+        Or one of :data:`rvae_fast.experiments.rivals.RIVALS`, of tables.
     order : {"pre", "post", ""}
         Kind of residual unit; empty for plain models.
     n_layers : int
-        Of the encoder, as the article counts.
+        Of the encoder, as the article counts; 0 for the detectors' own network, and for what is none.
     seed : int
         Of split, initialisation, order of rows and sampling.
     variant : str
@@ -77,9 +79,9 @@ class Cell:
     @property
     def label(self) -> str:
         """The cell's name for reading."""
-        novel = f"{self.novel} {'novel' if self.setting == 'multimodal' else 'normal'}"
-        parts = [self.data, novel, self.series, f"{self.n_layers} layers", f"seed {self.seed}"]
-        return ", ".join(parts)
+        novel = f"{self.novel} {'normal' if self.setting == 'unimodal' else 'novel'}"
+        depth = [f"{self.n_layers} layers"] if self.n_layers else []
+        return ", ".join([self.data, novel, self.series, *depth, f"seed {self.seed}"])
 
     @property
     def series(self) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.page import Findings
+from rvae_fast.experiments.runner import estimate
 from rvae_fast.experiments.tables import Row
+from rvae_fast.experiments.work import metric_names, run_cell
 
 #: The library's own choices for images (see ``rvae_fast.preset``), less the number of epochs and the learning rate,
 #: which is that of the recorded results. Said in full, because a recipe is what results are compared by: it must not
@@ -127,6 +129,14 @@ class Experiment:
         ``grid(settings)``: the cells.
     findings : callable
         ``findings(rows, settings, folder)``: claims, pictures and tables; ``folder`` is where steps are kept.
+    work : callable
+        What a cell does, see :func:`rvae_fast.experiments.work.run_cell`.
+    estimate : callable
+        ``estimate(cells, jobs)``: seconds that cells will take.
+    metrics : callable
+        ``metrics(scores)``: the columns of its results file.
+    keeps_models : bool
+        Whether trained models can be kept and scored again.
     """
 
     name: str
@@ -137,3 +147,7 @@ class Experiment:
     scores: tuple[str, ...]
     grid: Callable[[Settings], list[Cell]]
     findings: Callable[[list[Row], Settings, Path], Findings]
+    work: Callable[..., dict[str, Any]] = run_cell
+    estimate: Callable[[Sequence[Cell], int], float] = estimate
+    metrics: Callable[[tuple[str, ...]], tuple[str, ...]] = metric_names
+    keeps_models: bool = True

@@ -13,8 +13,7 @@ from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.experiment import EMBEDDED, VARIANTS, Experiment, Settings
 from rvae_fast.experiments.page import write_page
 from rvae_fast.experiments.store import Results
-from rvae_fast.experiments.tables import diverged, to_csv
-from rvae_fast.experiments.work import metric_names, run_cell
+from rvae_fast.experiments.tables import Row, diverged, to_csv
 from rvae_fast.report.page import require_packages
 
 QUICK_SEEDS = 2
@@ -44,7 +43,7 @@ def reproduce(
 
     Parameters
     ----------
-    name : {"degradation", "explosion", "novelty", "deep", "rapp", "places", "views"}
+    name : {"degradation", "explosion", "novelty", "deep", "rapp", "places", "views", "tabular"}
     quick : bool, default False
         A few epochs on a part of the rows, one or two classes, two seeds: meant to take under three minutes on two idle
         cores. It shows that everything works, and proves nothing.
@@ -103,13 +102,15 @@ def reproduce(
             raise ValueError(f"{argument} must be at least 1, got {value}")
     if rows is not None and rows < FEWEST_ROWS:
         raise ValueError(f"rows must be at least {FEWEST_ROWS}, got {rows}")
+    if models is not None and not chosen.keeps_models:
+        raise ValueError(f"models must be None for {name}, which keeps no models, got {os.fspath(models)!r}")
     notes: list[str] = []
     names = _data(chosen, data, quick, notes)
     count = seeds or (QUICK_SEEDS if quick else chosen.seeds)
     settings = Settings(data=names, seeds=count, quick=quick, epochs=epochs, variant=variant, max_rows=rows)
     cells = chosen.grid(settings)
     folder = Path(f"reproduce-{name}" if out is None else out)
-    table = Results(folder / "results.csv" if results is None else results, metric_names(chosen.scores))
+    table = Results(folder / "results.csv" if results is None else results, chosen.metrics(chosen.scores))
     processes = runner.default_jobs() if jobs is None else jobs
     if quick:
         notes.insert(0, "A quick run: few epochs on a part of the rows. It shows the machinery and proves nothing.")
@@ -117,8 +118,8 @@ def reproduce(
         say(note)
     if run:
         missing = table.missing(cells)
-        say(runner.listing(cells, table, runner.estimate(missing, processes), processes))
-        work = functools.partial(run_cell, models=None if models is None else os.fspath(models))
+        say(runner.listing(cells, table, chosen.estimate(missing, processes), processes))
+        work = functools.partial(chosen.work, models=None if models is None else os.fspath(models))
         runner.run(cells, table, folder=folder, jobs=processes, say=say, progress=progress, work=work)
     return _write(chosen, settings, cells, table, folder, notes, command, processes)
 
@@ -185,11 +186,16 @@ def _write(
             "data": ", ".join(settings.data),
             "seeds": ", ".join(str(seed) for seed in range(settings.seeds)),
             "cells": f"{len(rows)} of {len(cells)}",
-            "epochs": ", ".join(dict.fromkeys(row["epochs"] for row in rows)),
-            "training rows": ", ".join(dict.fromkeys(row["train_rows"] for row in rows)),
-            "precision": ", ".join(dict.fromkeys(row["precision"] for row in rows)),
+            "epochs": _values(rows, "epochs"),
+            "training rows": _values(rows, "train_rows"),
+            "precision": _values(rows, "precision"),
             "processor time": runner.duration(seconds),
             "processes": jobs,
             "recipe of the first cell": rows[0]["recipe"],
         },
     )
+
+
+def _values(rows: Sequence[Row], name: str) -> str:
+    """What a column has, each value once; what was not trained has no epochs."""
+    return ", ".join(dict.fromkeys(row[name] for row in rows if row[name]))

@@ -248,9 +248,12 @@ def listing(cells: Sequence[Cell], results: Results, seconds: float, jobs: int) 
         lines.append(f"  {data}, {setting}: {_spread('class', [c.novel for c in here])}")
         for series in dict.fromkeys(c.series for c in here):
             own = [c for c in here if c.series == series]
-            depths, seeds = _spread("layers", [c.n_layers for c in own]), _spread("seed", [c.seed for c in own])
-            epochs = _spread("epochs", [c.training.get("epochs", 100) for c in own])
-            lines.append(f"    {series:24} {len(own):4} cells: {depths}; {seeds}; {epochs}")
+            told = (
+                ("layers", [c.n_layers for c in own if c.n_layers]), ("seed", [c.seed for c in own]),
+                ("epochs", [c.training["epochs"] for c in own if "epochs" in c.training]),
+            )  # fmt: skip
+            varied = "; ".join(_spread(name, values) for name, values in told if values)
+            lines.append(f"    {series:24} {len(own):4} cells: {varied}")
     lines.append(f"about {duration(seconds)} with {jobs} {'process' if jobs == 1 else 'processes of one thread each'}")
     return "\n".join(lines)
 

@@ -16,8 +16,8 @@ from rvae_fast.experiments.cells import KEY, Cell
 
 RECIPE = "recipe"
 
-#: How the column of a score begins.
-SCORE = "auroc_"
+#: How the columns of a score begin: its AUROC, and of detectors the share of new normal rows beyond their threshold.
+OF_SCORE = ("auroc_", "flagged_")
 
 
 class ResultsError(ValueError):
@@ -127,7 +127,8 @@ class Results:
         if before is not None:
             scores = dict.fromkeys((*json.loads(before[RECIPE])["scores"], *cell.scores))
             recipe = dataclasses.replace(cell, scores=tuple(scores)).recipe
-            added = {name: values[name] for name in (SCORE + score for score in cell.scores) if name in values}
+            names = [prefix + score for score in cell.scores for prefix in OF_SCORE]
+            added = {name: values[name] for name in names if name in values}
             self.rows[cell.key] = {**before, **added, RECIPE: recipe}
             self._rewrite()
             return self.rows[cell.key]
@@ -156,7 +157,7 @@ class Results:
 
 def _only_scores_apart(there: Sequence[str], expected: Sequence[str]) -> bool:
     """Whether two lists of columns are the same but for those of scores."""
-    return [n for n in there if not n.startswith(SCORE)] == [n for n in expected if not n.startswith(SCORE)]
+    return [n for n in there if not n.startswith(OF_SCORE)] == [n for n in expected if not n.startswith(OF_SCORE)]
 
 
 def _trained(recipe: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from rvae_fast._thresholded import conformal_offset
+from rvae_fast._conformal import conformal_offset
 from rvae_fast.datasets import novelty_split
 from rvae_fast.serialization import load
 from tests.cli.conftest import make_rows, write_csv

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.exceptions import NotFittedError
 
-from rvae_fast._thresholded import conformal_offset
+from rvae_fast._conformal import conformal_offset
 from rvae_fast.detector import RVAEDetector
 from rvae_fast.ensemble import EnsembleDetector
 from rvae_fast.serialization import load
