@@ -1,10 +1,15 @@
-"""Progress of a training run on standard error: a bar in a terminal, now and then a line elsewhere."""
+"""Progress of a training run, and of a long scoring, on standard error: a bar in a terminal, now and then a line
+elsewhere.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+Part = TypeVar("Part")
 
 #: Seconds between two lines where there is no terminal.
 LINE_INTERVAL = 5.0
@@ -69,3 +74,48 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def watched(parts: Iterable[Part], total: int, text: str, enabled: bool) -> Iterator[Part]:
+    """The parts, one by one, and how many of ``total`` are done, if they take longer than a second.
+
+    Parameters
+    ----------
+    parts : iterable
+    total : int
+    text : str
+        What is done with them.
+    enabled : bool
+        Whether anything is shown.
+    """
+    bar: Any = None
+    began = last = time.monotonic()
+    try:
+        for done, part in enumerate(parts):
+            now = time.monotonic()
+            if enabled and done and sys.stderr.isatty() and (bar is not None or now - began > 1.0):
+                if bar is None:
+                    bar, task = _bar(text, total)
+                bar.update(task, completed=done)
+            elif enabled and done and now - last > LINE_INTERVAL:
+                last = now
+                print(f"{text}  {done}/{total} parts", file=sys.stderr, flush=True)
+            yield part
+        if bar is not None:
+            bar.update(task, completed=total)
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bar(text: str, total: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("parts"),
+        TimeRemainingColumn(), console=Console(file=sys.stderr),
+    )  # fmt: skip
+    task = bar.add_task(text, total=total)
+    bar.start()
+    return bar, task

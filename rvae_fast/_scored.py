@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import NotFittedError
 
 from rvae_fast import _detector_options as options
+from rvae_fast._progress import watched
 from rvae_fast._thresholded import Self, Thresholded
 from rvae_fast._validation import check_table
 from rvae_fast._whitening import held_out
@@ -18,7 +19,7 @@ from rvae_fast.hyperplane import fit_hyperplane, hyperplane_parts
 from rvae_fast.local import fit_local, local_parts
 from rvae_fast.models import Autoencoder
 from rvae_fast.pathway import default_pathway
-from rvae_fast.preprocessing import Scaler, chunks, scaled_table
+from rvae_fast.preprocessing import Scaler, chunk_rows, chunks, scaled_table
 from rvae_fast.rapp import fit_nap, nap_parts, sap_parts
 from rvae_fast.scoring import score_parts
 from rvae_fast.views import lowest
@@ -144,7 +145,9 @@ class Scored(Thresholded):
             self.local_ = fit_local(model, rows, **self._network_options())
         if self.anomaly_score == "hyperplane":
             self.hyperplane_ = fit_hyperplane(model, rows, **self._network_options())
-        scores = np.concatenate(list(self._scores(rows, own=True)))
+        size = chunk_rows(rows.shape[1])
+        parts = watched(chunks(rows, size), -(-len(rows) // size), f"scoring {what}", bool(getattr(self, "verbose", 0)))
+        scores = np.concatenate(list(self._scores(parts, own=True)))
         if not np.isfinite(scores).all():
             raise ValueError(
                 f"{np.count_nonzero(~np.isfinite(scores))} {what} have no finite score: the network overflows on them"

@@ -136,10 +136,15 @@ def fit_score(
         if views is not None and "views" in known:
             one.set_params(views=None if views == "none" else views)
     filled = told_of_file(", ".join(data), "a model fitted with --missing mean or --missing median fills NaN")
+    shown = {one: one.verbose for one in (detector, *members) if hasattr(one, "verbose")}
+    for one in shown:
+        one.verbose = 0 if quiet else 1
     with filled, warnings.catch_warnings():
         # A file without column names goes by position; its width is checked.
         warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
         detector.fit_score(frame(rows, None if names is None else [str(name) for name in names]))
+    for one, verbose in shown.items():
+        one.verbose = verbose
     out.parent.mkdir(parents=True, exist_ok=True)
     save(detector, out)
     scored_by = (members or [detector])[0].anomaly_score

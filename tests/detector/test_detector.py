@@ -180,6 +180,22 @@ def test_verbose_shows_progress(table: np.ndarray, capsys: pytest.CaptureFixture
     assert captured.out == ""
 
 
+def test_verbose_shows_how_far_the_threshold_is(
+    table: np.ndarray, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = RVAEDetector(**SMALL).fit(table)
+    monkeypatch.setattr("rvae_fast.preprocessing.CHUNK_BYTES", 8 * 32 * table.shape[1])
+    monkeypatch.setattr("rvae_fast._progress.LINE_INTERVAL", 0.0)
+    before = detector.offset_
+    detector.fit_score(table)
+    assert capsys.readouterr().err == ""
+    parts = -(-len(table) // 32)
+    detector.set_params(verbose=1).fit_score(table)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"scoring rows  {done}/{parts} parts" for done in range(1, parts)]
+    assert detector.offset_ == before
+
+
 def test_a_failed_fit_does_not_leave_a_fitted_detector(table: np.ndarray) -> None:
     detector = RVAEDetector(**SMALL).fit(table)
     with pytest.raises(ValueError, match="activation"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rvae_fast import _progress
-from rvae_fast._progress import Progress
+from rvae_fast._progress import Progress, watched
 from rvae_fast.training import TrainingConfig, train
 
 OPTIONS: dict[str, Any] = {"epochs": 4, "batch_size": 8, "seed": 0, "validation_fraction": 0.2}
@@ -61,3 +61,40 @@ def test_the_bar_is_closed_on_errors(model, table, monkeypatch: Any, error: type
     with pytest.raises(error):
         train(model(), table(40), TrainingConfig(progress=True, **OPTIONS), callbacks=[fail])
     assert closed
+
+
+class Clock:
+    """Seconds that pass only when they are told to."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_watched_parts(capsys, monkeypatch: Any) -> None:
+    clock = Clock()
+    monkeypatch.setattr(_progress, "time", clock)
+    found = []
+    for part in watched(range(6), 6, "scoring rows", True):
+        found.append(part)
+        clock.now += 2.0
+    assert found == list(range(6))
+    assert capsys.readouterr().err == "scoring rows  3/6 parts\n", "one line in five seconds"
+    assert list(watched(iter("ab"), 2, "scoring rows", True)) == ["a", "b"]
+    for _ in watched(range(6), 6, "scoring rows", False):
+        clock.now += 9.0
+    assert capsys.readouterr().err == ""
+
+
+def test_watched_parts_in_a_terminal(monkeypatch: Any) -> None:
+    clock, stream = Clock(), Terminal()
+    monkeypatch.setattr(_progress, "time", clock)
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    for _ in watched(range(6), 6, "scoring rows", True):
+        pass
+    assert stream.getvalue() == "", "it took less than a second"
+    for _ in watched(range(6), 6, "scoring rows", True):
+        clock.now += 2.0
+    assert "6/6" in stream.getvalue()
