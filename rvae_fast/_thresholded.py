@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 
+from rvae_fast._attributions import attributions
 from rvae_fast._conformal import conformal_offset
 from rvae_fast._cross_calibration import check_cross_calibration, held_out_scores
 from rvae_fast._validation import check_share_of_rows, check_table
@@ -58,6 +59,47 @@ class Thresholded(OutlierMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def predict(self, X: Any) -> NDArray[np.int64]:
         """+1 for a normal row, -1 for an anomaly ``[n_rows]``."""
         return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def feature_attributions(self, X: Any) -> NDArray[np.float64]:
+        """Which columns make a row anomalous, by whatever score is taken.
+
+        Parameters
+        ----------
+        X : array-like, DataFrame or Tensor [n_rows, n_features]
+            The rows to explain, such as those that were flagged: each is scored ``n_features + 1`` times.
+
+        Returns
+        -------
+        ndarray [n_rows, n_features] float64
+            By how much the anomaly score (``-score_samples``) of a row falls if this value alone is what the network
+            expects there, its reconstruction; negative where the row would be more anomalous. The values of a row do
+            not add up to its score. Infinite where the score is, and would no longer be.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+        TypeError, ValueError
+            As :meth:`score_samples`.
+
+        Notes
+        -----
+        Occlusion (Zeiler and Fergus, ECCV 2014). ``feature_errors`` costs one pass in all, and knows of the
+        reconstruction error alone.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from rvae_fast import RVAEDetector
+        >>> rng = np.random.default_rng(0)
+        >>> X = rng.normal(size=(500, 2)) @ rng.normal(size=(2, 8))
+        >>> detector = RVAEDetector(epochs=20, random_state=0).fit(X)
+        >>> row = X[:1] + 9.0 * np.eye(8)[:1]  # the first column is off
+        >>> int(detector.feature_attributions(row).argmax())
+        0
+        """
+        check_is_fitted(self)
+        self.score_samples(X)  # what is wrong with the rows is told of them, and not of those that are made of them
+        return attributions(self, check_table(self, X, reset=False))
 
     def calibrate(self: Self, X: Any, *, false_alarm_rate: float = 0.01) -> Self:
         """Place the threshold by normal rows that ``fit`` has not seen, for a rate of false alarms.

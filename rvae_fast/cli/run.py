@@ -127,9 +127,11 @@ def run_scoring(
     chunk_rows: int,
     sink: ScoreSink | None = None,
     keep_rows: bool = False,
+    explain: int | None = None,
     quiet: bool = False,
 ) -> Scored:
-    """Score all rows of ``source``, a chunk in memory at a time."""
+    """Score all rows of ``source``, a chunk in memory at a time; ``explain``: columns named of a flagged row."""
+    from rvae_fast.cli.reasons import reasons
     from rvae_fast.report import ExtremeRows
 
     source.use_columns(getattr(detector, "feature_names_in_", None))
@@ -150,7 +152,8 @@ def run_scoring(
             if chunk.labels is not None:
                 labels.append(chunk.labels)
             if sink is not None:
-                sink.write(ids, part, part > threshold)
+                flags = part > threshold
+                sink.write(ids, part, flags, None if explain is None else reasons(detector, chunk.X, flags, explain))
             seen += len(part)
             if extremes is not None:
                 extremes.update(part, chunk.X, ids)

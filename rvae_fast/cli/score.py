@@ -79,6 +79,14 @@ def score(
     fail_on_anomaly: Annotated[
         bool, typer.Option("--fail-on-anomaly", help="Exit with status 3 if any row is flagged.")
     ] = False,
+    explain: Annotated[
+        int | None,
+        typer.Option(
+            "--explain",
+            min=1,
+            help="Say of each flagged row which columns make it one, so many at most (it is scored once a column).",
+        ),
+    ] = None,
     report: ReportOption = None,
     image_shape: ShapeOption = None,
     chunk_rows: ChunkOption = 65_536,
@@ -101,11 +109,13 @@ def score(
     Writes one line a row: its id (its number in the file, from 0, without `--id`), its score (higher is more
     anomalous) and whether it is flagged (score above the threshold). Columns are found by the names that the model was
     trained on, so further columns, and their order, do not matter; files without names go by position. Large files are
-    read in chunks.
+    read in chunks. With `--explain 3` a fourth column, `because`, names of a flagged row the three columns whose
+    expected value would lower its score most.
 
     **Examples**
 
     - `rvae-fast score model.safetensors new.csv --id serial --out scores.csv`
+    - `rvae-fast score model.safetensors new.csv --explain 3 | grep expected`
     - `zcat log.csv.gz | rvae-fast score model.safetensors - | sort -t, -k2 -gr | head`
     - `rvae-fast score model.safetensors batch.parquet --out s.parquet --fail-on-anomaly || alert`
 
@@ -139,9 +149,19 @@ def score(
             default_part="test" if novel is not None or part is not None else "all", split_seed=split_seed,
         )  # fmt: skip
         # With --json standard output belongs to the summary; rows are then written only where --out says.
-        sink = stack.enter_context(ScoreSink(target)) if target is not None or not json_output else None
+        written = target is not None or not json_output
+        if explain is not None and not written:
+            usage_error("needs --out, the file to explain the rows in, beside --json", "--explain")
+        sink = stack.enter_context(ScoreSink(target, explained=explain is not None)) if written else None
         scored = run_scoring(
-            detector, source, cut, chunk_rows=chunk_rows, sink=sink, keep_rows=report is not None, quiet=quiet
+            detector,
+            source,
+            cut,
+            chunk_rows=chunk_rows,
+            sink=sink,
+            keep_rows=report is not None,
+            explain=explain,
+            quiet=quiet,
         )
     flagged = int((scored.scores > cut).sum())
     page = None

@@ -13,11 +13,15 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 __all__ = ["ScoreSink", "check_output"]
 
 COLUMNS = ("id", "score", "anomaly")
+#: One more, if asked for: which columns make a flagged row anomalous.
+BECAUSE = "because"
 
 
 def check_output(path: Path) -> str:
@@ -39,10 +43,13 @@ class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
     ----------
     path : Path or None
         None writes CSV to standard output.
+    explained : bool, default False
+        Whether a further column, ``because``, holds a text for each row.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, explained: bool = False) -> None:
         self._path = path
+        self._columns = (*COLUMNS, BECAUSE) if explained else COLUMNS
         self._stack = contextlib.ExitStack()
         self._csv: Any = None
         self._text: IO[str] | None = None
@@ -70,27 +77,38 @@ class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
     def _open_csv(self, text: IO[str], delimiter: str) -> None:
         self._text = text
         self._csv = csv.writer(text, delimiter=delimiter, lineterminator="\n")
-        self._csv.writerow(COLUMNS)
+        self._csv.writerow(self._columns)
 
-    def write(self, ids: NDArray[Any], scores: NDArray[np.float64], flags: NDArray[np.bool_]) -> None:
-        """Add rows."""
-        marks = flags.astype(np.int64)
+    def write(
+        self,
+        ids: NDArray[Any],
+        scores: NDArray[np.float64],
+        flags: NDArray[np.bool_],
+        because: Sequence[str] | None = None,
+    ) -> None:
+        """Add rows, with a text for each if the sink is one of explained rows."""
+        columns = [ids, scores, flags.astype(np.int64)]
+        if because is not None:
+            columns.append(np.array(because, dtype=object))
         if self._csv is not None:
             # tolist gives Python floats, whose text is the shortest that reads back as the same value.
-            self._csv.writerows(zip(ids.tolist(), scores.tolist(), marks.tolist(), strict=True))
+            self._csv.writerows(zip(*(column.tolist() for column in columns), strict=True))
         elif self._kind == "parquet":
-            self._write_parquet(ids, scores, marks)
+            self._write_parquet(columns)
         else:
-            self._kept.append((ids, scores, marks))
+            self._kept.append(tuple(columns))
 
-    def _write_parquet(self, ids: NDArray[Any], scores: NDArray[np.float64], marks: NDArray[np.int64]) -> None:
+    def _write_parquet(self, columns: Sequence[NDArray[Any]]) -> None:
         try:
             import pyarrow
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise ImportError("writing Parquet files needs pyarrow: pip install 'rvae-fast[data]'") from error
-        columns = (pyarrow.array(ids.tolist()), pyarrow.array(scores), pyarrow.array(marks))
-        table = pyarrow.table(dict(zip(COLUMNS, columns, strict=True)))
+        arrays = [
+            pyarrow.array(c.tolist() if name in ("id", BECAUSE) else c)
+            for name, c in zip(self._columns, columns, strict=True)
+        ]
+        table = pyarrow.table(dict(zip(self._columns, arrays, strict=True)))
         if self._parquet is None:
             self._parquet = self._stack.enter_context(parquet.ParquetWriter(self._temporary, table.schema))
         self._parquet.write_table(table.cast(self._parquet.schema))
@@ -101,9 +119,9 @@ class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
         if error is None and self._path is not None and self._kind == "npz":
             assert self._temporary is not None
             parts = zip(*self._kept, strict=True)
-            joined = dict(zip(COLUMNS, (np.concatenate(part) for part in parts), strict=True))
-            if joined["id"].dtype == object:
-                joined["id"] = joined["id"].astype(str)  # an .npz must not hold pickles
+            joined = dict(zip(self._columns, (np.concatenate(part) for part in parts), strict=True))
+            # An .npz must not hold pickles.
+            joined = {name: column.astype(str) if column.dtype == object else column for name, column in joined.items()}
             with open(self._temporary, "wb") as file:
                 np.savez_compressed(file, **joined)  # type: ignore[arg-type]
         self._stack.__exit__(kind, error, trace)

@@ -292,3 +292,34 @@ def test_evaluate_labels(model: Path, tmp_path: Path, run: Run) -> None:
     result = run("evaluate", model, strange, "--label", "faulty", "--anomaly-value", 2, "--anomaly-value", 1, "--json")
     assert json.loads(result.stdout)["anomalies"] == 20
     assert "--label" in run("evaluate", model, one_class, code=2).stderr
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "npz"])
+def test_explanations(kind: str, model: Path, table: Path, expected: np.ndarray, tmp_path: Path, run: Run) -> None:
+    pandas = pytest.importorskip("pandas")
+    out = tmp_path / f"scores.{kind}"
+    run("score", model, table, "--id", "serial", "--out", out, "--explain", 2, "--chunk-rows", 50)
+    if kind == "npz":
+        with np.load(out, allow_pickle=False) as file:
+            flags, because = file["anomaly"], file["because"].tolist()
+    else:
+        read = pandas.read_csv if kind == "csv" else pandas.read_parquet
+        frame = read(out).fillna("")
+        assert list(frame) == ["id", "score", "anomaly", "because"]
+        flags, because = frame["anomaly"].to_numpy(), frame["because"].tolist()
+    assert [bool(text) for text in because] == flags.astype(bool).tolist()
+    X, _ = make_rows()
+    rows = pandas.DataFrame(X, columns=list(COLUMNS))
+    detector = load(model)
+    row = int(np.flatnonzero(flags)[0])
+    falls, guess = detector.feature_attributions(rows[row : row + 1])[0], detector.reconstruct(rows[row : row + 1])[0]
+    first = int(falls.argmax())
+    assert because[row].startswith(f"{COLUMNS[first]}={X[row, first]:.6g} (expected {guess[first]:.6g})")
+    assert max(text.count("expected") for text in because) == 2
+
+
+def test_explanations_need_a_place_to_go(model: Path, table: Path, run: Run) -> None:
+    assert "needs --out" in run("score", model, table, "--explain", 1, "--json", code=2).stderr
+    lines = run("score", model, table, "--id", "serial", "--explain", 1, "--threshold", 1e9).stdout.splitlines()
+    assert lines[0] == "id,score,anomaly,because"
+    assert all(line.endswith(",0,") for line in lines[1:])
