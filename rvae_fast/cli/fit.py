@@ -237,6 +237,7 @@ def fit(
             if checkpoint is None:
                 keep_what_there_is(detector, frame(X, names), names, out)
             raise
+        seconds = time.perf_counter() - started
         if folds is not None:
             if not quiet:
                 note(f"placing the threshold by {folds} trainings on parts of the rows")
@@ -245,7 +246,6 @@ def fit(
             except KeyboardInterrupt:
                 keep_trained(detector, names, out)
                 raise
-        seconds = time.perf_counter() - started
         fitted = getattr(detector, "estimators_", [detector])
         name_columns((detector, *fitted), names)
         out.parent.mkdir(parents=True, exist_ok=True)
