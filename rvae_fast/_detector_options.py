@@ -142,8 +142,8 @@ def warn_of_few_rows(rank: int, n_rows: int) -> None:
     if n_rows < 1.5 * rank:
         warnings.warn(
             f"anomaly_score='nap' found {rank} directions in {n_rows} rows: nearly every new row lies outside them, "
-            "and the threshold tells little. Give it three times as many rows, or take another pathway or "
-            "anomaly_score",
+            "and the threshold tells little. Give it three times as many rows, take another pathway or "
+            "anomaly_score, or place the threshold by cross_calibrate",
             UserWarning,
             stacklevel=5,
         )

@@ -71,6 +71,10 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
     error = values.get(ERROR, {})
     for rival in RIVALS:
         found.claims.append(_greater("RVAE by its error", error, rival, values.get((rival, OWN), {})))
+    for score in (NAP, "hyperplane"):
+        scored = values.get(("RVAE pre", score), {})
+        for rival in RIVALS:
+            found.claims.append(_greater(f"RVAE by {score}", scored, rival, values.get((rival, OWN), {})))
     for other in ("RAE pre", "VAE", "AE"):
         found.claims.append(
             _greater("RVAE by its error", error, f"{other} by its", values.get((other, "reconstruction"), {}))
