@@ -88,7 +88,9 @@ class RVAEDetector(BaseDetector):
     min_delta : float, default 0.0
     contamination : float, default 0.1
         Share of the training rows to flag, in (0, 0.5]: it places the threshold and nothing else. By ``"nap"``, and by
-        ``"hyperplane"`` of other views, each counts as if it had been held out; scored again it is a little nearer.
+        ``"hyperplane"`` of other views, each counts as if it had been held out; scored again it is a little nearer. Of
+        fewer than about a thousand rows, which the network knows nearly by heart, the threshold flags most new ones:
+        :meth:`cross_calibrate` places one that holds for them.
     random_state : int, RandomState or None, default None
         Seed of initialisation, row order, validation split and sampling. An int makes ``fit`` repeatable.
     device : str, default "auto"
