@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
-from sklearn.model_selection import KFold
 from sklearn.utils import check_random_state
 
 from rvae_fast._conformal import conformal_offset
@@ -50,6 +49,8 @@ def held_out_scores(detector: Any, table: NDArray[Any], folds: int) -> NDArray[n
     -------
     ndarray [n_rows] float64
     """
+    from sklearn.model_selection import KFold  # loads much that a fit does not need
+
     seed = int(check_random_state(detector.random_state).randint(2**31 - 1))
     scores = np.empty(len(table))
     for learnt, held in KFold(folds, shuffle=True, random_state=seed).split(table):
