@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 BLOCK_BYTES = 1 << 25
 
 
-def attributions(detector: Any, table: NDArray[Any]) -> NDArray[np.float64]:
+def attributions(detector: Any, table: NDArray[Any], scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """By how much each row's anomaly score falls when one value of it is the reconstructed one.
 
     Parameters
@@ -23,6 +23,8 @@ def attributions(detector: Any, table: NDArray[Any]) -> NDArray[np.float64]:
     detector : detector or ensemble
         Fitted.
     table : ndarray [n_rows, n_features]
+    scores : ndarray [n_rows] float64
+        Its ``score_samples``.
 
     Returns
     -------
@@ -38,10 +40,9 @@ def attributions(detector: Any, table: NDArray[Any]) -> NDArray[np.float64]:
             rows = table[start : start + block].astype(np.float64)
             changed = np.repeat(rows[:, None, :], d, axis=1)
             changed[:, column, column] = _expected(detector, rows)
-            before = -detector.score_samples(rows)
-            after = -detector.score_samples(changed.reshape(-1, d)).reshape(-1, d)
+            after = detector.score_samples(changed.reshape(-1, d)).reshape(-1, d)
             with np.errstate(invalid="ignore"):
-                falls = before[:, None] - after
+                falls = after - scores[start : start + block, None]
             # Infinite before and after: the network overflows with the expected value there as well.
             found[start : start + block] = np.where(np.isnan(falls), 0.0, falls)
     return found

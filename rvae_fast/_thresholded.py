@@ -98,8 +98,8 @@ class Thresholded(OutlierMixin, BaseEstimator, ABC):  # type: ignore[misc]
         0
         """
         check_is_fitted(self)
-        self.score_samples(X)  # what is wrong with the rows is told of them, and not of those that are made of them
-        return attributions(self, check_table(self, X, reset=False))
+        scores = self.score_samples(X)  # what is wrong with the rows is told here, and not of those made of them
+        return attributions(self, check_table(self, X, reset=False), scores)
 
     def calibrate(self: Self, X: Any, *, false_alarm_rate: float = 0.01) -> Self:
         """Place the threshold by normal rows that ``fit`` has not seen, for a rate of false alarms.

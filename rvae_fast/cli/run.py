@@ -144,6 +144,7 @@ def run_scoring(
     started = time.perf_counter()
     with progress(quiet) as bar:
         task = bar.add_task("scoring", total=source.count())
+        explaining, explained = bar.add_task("explaining", total=0, visible=explain is not None), 0
         for chunk in source.chunks(chunk_rows):
             with told_of_file(source.name, "a model fitted with --missing mean or --missing median fills NaN"):
                 part = score_named(detector, chunk.X)
@@ -153,7 +154,12 @@ def run_scoring(
                 labels.append(chunk.labels)
             if sink is not None:
                 flags = part > threshold
-                sink.write(ids, part, flags, None if explain is None else reasons(detector, chunk.X, flags, explain))
+                because = None
+                if explain is not None:
+                    bar.update(explaining, total=explained + int(flags.sum()))
+                    because = reasons(detector, chunk.X, flags, explain, lambda rows: bar.advance(explaining, rows))
+                    explained += int(flags.sum())
+                sink.write(ids, part, flags, because)
             seen += len(part)
             if extremes is not None:
                 extremes.update(part, chunk.X, ids)

@@ -33,6 +33,8 @@ SCORES: dict[tuple[str, str, str], tuple[str, ...]] = {
 
 ERROR = ("RVAE pre", "reconstruction")
 
+TABLES = (EMBEDDED, "annthyroid", "pendigits", "satellite", "wbc", "covertype", "kddcup99", "shuttle")
+
 #: For a test over so few tables.
 ALPHA = 0.05
 
@@ -45,6 +47,8 @@ def grid(settings: Settings) -> list[Cell]:
         raise ValueError(
             f"variant must be empty for tabular, whose detectors are as they are by default, got {settings.variant!r}"
         )
+    if others := [name for name in settings.data if name not in TABLES]:
+        raise ValueError(f"data must be among {', '.join(TABLES)} for tabular, got {', '.join(others)}")
     epochs = settings.epochs or (QUICK_EPOCHS if settings.quick else None)
     given = {} if epochs is None else {"epochs": epochs}
     return [
@@ -122,9 +126,7 @@ def _means(values: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]
     return {(table,): float(np.mean([v for key, v in values.items() if key[0] == table])) for table in tables}
 
 
-def _greater(
-    first: str, a: dict[tuple[str, ...], float], second: str, b: dict[tuple[str, ...], float]
-) -> Claim:  # fmt: skip
+def _greater(first: str, a: dict[tuple[str, ...], float], second: str, b: dict[tuple[str, ...], float]) -> Claim:
     shared = a.keys() & b.keys()  # of a run that is not done, the cells that both have
     return greater(
         f"{first} is above {second}",
@@ -167,7 +169,7 @@ EXPERIMENT = Experiment(
         "PCA, nearest neighbours, local outlier factor and one-class SVM of scikit-learn, on standardised columns. "
         "The tests are over tables, whose number is small; their p are not corrected for how many they are."
     ),
-    data=(EMBEDDED, "annthyroid", "pendigits", "satellite", "wbc", "covertype", "kddcup99", "shuttle"),
+    data=TABLES,
     seeds=5,
     scores=tuple(dict.fromkeys(score for scores in SCORES.values() for score in scores)),
     grid=grid,

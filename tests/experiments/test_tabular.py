@@ -73,6 +73,19 @@ def test_a_cell_is_what_its_detector_gives(series: str) -> None:
         assert result["flagged_reconstruction"] < plain["flagged_reconstruction"]
 
 
+def test_a_score_that_is_added_brings_its_threshold(folder: Path) -> None:
+    cell = cells()["RVAE pre"]
+    first = dataclasses.replace(cell, scores=("reconstruction",))
+    results = Results(folder / "results.csv", metric_names(cell.scores))
+    results.add(first, {"auroc_reconstruction": 0.9, "flagged_reconstruction": 0.1})
+    assert "sap" in results.lacking(cell)
+    results.add(dataclasses.replace(cell, scores=("sap",)), {"auroc_sap": 0.8, "flagged_sap": 0.2})
+    kept = Results(folder / "results.csv", metric_names(cell.scores)).rows[cell.key]
+    assert [kept[f"{prefix}_{name}"] for name in ("reconstruction", "sap") for prefix in ("auroc", "flagged")] == [
+        "0.9", "0.1", "0.8", "0.2",
+    ]  # fmt: skip
+
+
 def test_names_of_scores() -> None:
     detector = RVAEDetector(epochs=1, device="cpu").fit(np.random.default_rng(0).normal(size=(40, 20)))
     pathway, include_input = default_pathway(detector.model_, "nap")
@@ -142,3 +155,5 @@ def test_reproduce_quick(folder: Path) -> None:
         reproduce("tabular", quick=True, models=folder)
     with pytest.raises(ValueError, match="variant must be empty for tabular"):
         reproduce("tabular", quick=True, variant="noise", out=folder)
+    with pytest.raises(ValueError, match=r"data must be among digits, .* for tabular, got mnist"):
+        reproduce("tabular", data=["digits", "mnist"], out=folder)
