@@ -95,11 +95,14 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
     for variant in MEMBERS:
         two = values.get((f"RVAE pre {variant}", "reconstruction"), {})
         found.claims.append(_greater(f"two RVAEs of {variant}", two, "one, by the error", error))
-    shown = [ERROR, ("RVAE pre", NAP), ("RVAE pre", "hyperplane"), *((rival, OWN) for rival in RIVALS)]
+    shown = {
+        "RVAE: error": ERROR, "RVAE: NAP": ("RVAE pre", NAP), "RVAE: hyperplane": ("RVAE pre", "hyperplane"),
+        **{rival: (rival, OWN) for rival in RIVALS},
+    }  # fmt: skip
     found.pictures.append(
         plot_means(
             "tabular", "AUROC by table",
-            {_label(*key): grouped(pick(rows, series=key[0]), "data", f"auroc_{key[1]}") for key in shown},
+            {label: grouped(pick(rows, series=of), "data", f"auroc_{score}") for label, (of, score) in shown.items()},
             xlabel="table", ylabel="AUROC", joined=False, caption="The spread is over seeds, each of another split.",
         )
     )  # fmt: skip
