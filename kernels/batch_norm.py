@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Number, launch
+from .launch import Number, follow, launch
 
 #: (tile_mean [tiles, features], tile_m2 [tiles, features], rows of each tile but the last)
 Moments = tuple[Tensor, Tensor, int]
@@ -61,7 +61,9 @@ def _column_moments_kernel(
     N,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     tile = tl.program_id(0)
     first = tile.to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
@@ -82,10 +84,19 @@ def _column_moments_kernel(
 
 
 @triton.jit
-def _move(running_ptr, batch, momentum, columns, mask):
+def move_running(running_ptr, batch, momentum, columns, mask):
     running = tl.load(running_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     moved = (1.0 - momentum) * running + momentum * batch
     tl.store(running_ptr + columns, moved.to(running_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_norm(norm_ptr, mean, rstd, variance, scale, shift, columns, mask, N):
+    tl.store(norm_ptr + columns, mean, mask=mask)
+    tl.store(norm_ptr + N + columns, rstd, mask=mask)
+    tl.store(norm_ptr + 2 * N + columns, variance, mask=mask)
+    tl.store(norm_ptr + 3 * N + columns, scale, mask=mask)
+    tl.store(norm_ptr + 4 * N + columns, shift, mask=mask)
 
 
 @triton.jit
@@ -97,11 +108,7 @@ def _store_norm(norm_ptr, weight_ptr, bias_ptr, mean, rstd, variance, columns, N
         scale = rstd * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         shift = tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(norm_ptr + columns, mean, mask=mask)
-    tl.store(norm_ptr + N + columns, rstd, mask=mask)
-    tl.store(norm_ptr + 2 * N + columns, variance, mask=mask)
-    tl.store(norm_ptr + 3 * N + columns, scale, mask=mask)
-    tl.store(norm_ptr + 4 * N + columns, shift, mask=mask)
+    store_norm(norm_ptr, mean, rstd, variance, scale, shift, columns, mask, N)
 
 
 # The addresses of a module's vectors are its own affair: nothing is gained where they are multiples of 16.
@@ -122,7 +129,9 @@ def _merge_moments_kernel(
     TILE_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = columns < N
     count = 0.0
@@ -148,8 +157,8 @@ def _merge_moments_kernel(
     variance = m2 / tl.maximum(count - 1.0, 1.0)
     _store_norm(norm_ptr, weight_ptr, bias_ptr, mean, rstd, variance, columns, N)
     if running_mean_ptr is not None:
-        _move(running_mean_ptr, mean, momentum, columns, mask)
-        _move(running_var_ptr, variance, momentum, columns, mask)
+        move_running(running_mean_ptr, mean, momentum, columns, mask)
+        move_running(running_var_ptr, variance, momentum, columns, mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["running_mean_ptr", "running_var_ptr", "weight_ptr", "bias_ptr"])
@@ -162,7 +171,9 @@ def _running_norm_kernel(
     N,
     eps,
     BLOCK_N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mean = tl.load(running_mean_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)
     var = tl.load(running_var_ptr + columns, mask=columns < N, other=1.0).to(tl.float32)
@@ -184,7 +195,9 @@ def _merge_gradients_kernel(
     BATCH_STATS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = columns < N
     sum_g = tl.zeros([BLOCK_N], tl.float32)

@@ -7,12 +7,17 @@ launched is kept as a :class:`Tape`: kernels already compiled and loaded, argume
 tensors, allocates the temporaries (memory of one serves another as soon as its last reader has been launched) and
 launches.
 
+On a chip of compute capability 9.0 and later a kernel that takes ``CHAINED`` is launched while the one before it still
+runs (programmatic dependent launch), and waits in :func:`follow` for that one's end and memory: what a launch costs is
+then spent beside work. It lets its own successor be launched only once it has waited, so at most two are under way.
+
 The launchers in the other files call :func:`launch` for kernels and :func:`call` for functions of PyTorch: outside a
 recording both run at once.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +26,9 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 class _Recording(threading.local):
@@ -38,27 +45,45 @@ class Number:
 class _Step:
     """A kernel (with its grid and options) or a function, and its arguments: stand-ins, lists of them, or constants."""
 
-    def __init__(self, target: Any, grid: tuple[int, ...] | None, arguments: tuple[Any, ...], options: dict[str, int]):
+    def __init__(self, target: Any, grid: tuple[int, ...] | None, arguments: tuple[Any, ...], options: dict[str, Any]):
         self.target = target
         self.grid = grid
         self.arguments = arguments
         self.options = options
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, options: dict[str, int], **constants: Any) -> None:
+@triton.jit
+def follow(CHAINED: tl.constexpr):
+    """First in a kernel, before it touches memory: wait for the kernel before, then let the next one be launched."""
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@functools.lru_cache(maxsize=64)
+def chains(device: torch.device) -> bool:
+    """Whether kernels on this device are launched while the one before still runs."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, options: dict[str, Any], **constants: Any) -> None:
     """Launch ``kernel[grid](*arguments, **constants, **options)``, or put it on the tape that is being recorded.
 
     Parameters
     ----------
     kernel : a ``@triton.jit`` function
-    grid : one or two ints
+    grid : one to three ints
     *arguments
         Its run-time arguments, in order: contiguous tensors, None, ints, floats.
     options : dict
         ``num_warps`` and ``num_stages``.
     **constants
-        Its compile-time arguments, all of which follow the run-time ones.
+        Its compile-time arguments, all of which follow the run-time ones; but not ``CHAINED``, which is set here.
     """
+    if "CHAINED" in kernel.arg_names:
+        constants["CHAINED"] = chains(place(next(a for a in arguments if isinstance(a, Tensor))))
+        if constants["CHAINED"]:
+            options = {**options, "launch_pdl": True}
     if _recording.tape is None:
         kernel[grid](*arguments, **constants, **options)
         return
@@ -287,7 +312,7 @@ class _Compiled:
 class _Interpreted:
     """A kernel in Triton's interpreter, which takes tensors."""
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], options: dict[str, int]) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, ...], options: dict[str, Any]) -> None:
         self._launch = kernel[grid]
         self._options = options
 

@@ -24,6 +24,8 @@ tile_sums               [2, tiles, in]      fp32       stored per row tile: colu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +33,8 @@ from torch import Tensor
 
 from .activations import activate_backward
 from .configurations import TileConfig, backward_config, input_precision
-from .launch import launch
+from .deferred import DeferredGradient, block_t, merged_gradient
+from .launch import follow, launch
 from .layer_forward import tile_order
 
 
@@ -66,10 +69,47 @@ def activation_gradient(
 
 
 @triton.jit
+def _operands(
+    g_ptr, y_ptr, norm_grad_ptr, in_sums_ptr, grad_gamma_ptr, grad_beta_ptr, skip_sum_ptr, grad_bias_ptr,
+    skip_grad_ptr, grad_y_ptr, weight_ptr, g_tile, row_mask, grad_y_row_mask, columns, column_mask, ns, stored,
+    M, N, K, in_tiles, BATCH_STATS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One step's tiles of grad_y, in the dot type, and of the weight; the kernel says what the arguments are."""
+    n_mask = ns < N
+    mask = row_mask[:, None] & n_mask[None, :]
+    weight = tl.load(
+        weight_ptr + ns[:, None] * K + columns[None, :], mask=n_mask[:, None] & column_mask[None, :], other=0.0
+    )
+    g = tl.load(g_ptr + g_tile + ns[None, :], mask=mask, other=0.0)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + g_tile + ns[None, :], mask=mask, other=0.0).to(tl.float32)
+        if in_sums_ptr is not None:
+            mean, scale, b, c = merged_gradient(
+                in_sums_ptr, norm_grad_ptr, grad_gamma_ptr, grad_beta_ptr, skip_sum_ptr, grad_bias_ptr, ns, n_mask,
+                ns < stored, M, N, in_tiles, BATCH_STATS, BLOCK_T,
+            )  # fmt: skip
+            grad_y = scale[None, :] * g.to(tl.float32) - b[None, :] - (y - mean[None, :]) * c[None, :]
+        else:
+            grad_y = norm_input_gradient(g.to(tl.float32), y, norm_grad_ptr, ns, n_mask, N)
+        if skip_grad_ptr is not None:
+            grad_y += tl.load(skip_grad_ptr + g_tile + ns[None, :], mask=mask, other=0.0).to(tl.float32)
+        g = grad_y
+        if grad_y_ptr is not None:
+            out = grad_y.to(grad_y_ptr.dtype.element_ty)
+            tl.store(grad_y_ptr + g_tile + ns[None, :], out, mask=grad_y_row_mask[:, None] & n_mask[None, :])
+    return g.to(weight_ptr.dtype.element_ty), weight
+
+
+@triton.jit
 def _layer_backward_kernel(
     g_ptr,  # [M, N]
     y_ptr,  # [M, N], or None: g is the gradient of y already
     norm_grad_ptr,  # [4, N] fp32, or None with y
+    in_sums_ptr,  # [2, in_tiles, N] fp32, or None: with them norm_grad is merged, from that norm's [5, N], and read
+    grad_gamma_ptr,  # [N] fp32, or None without in_sums, and so on to grad_bias: what the merge writes
+    grad_beta_ptr,  # [N] fp32
+    skip_sum_ptr,  # [N] fp32 or None: column sums of the skip's gradient
+    grad_bias_ptr,  # [N] fp32
     skip_grad_ptr,  # [M, N] or None
     grad_y_ptr,  # [M, N] or None
     weight_ptr,  # [N, K]
@@ -83,13 +123,19 @@ def _layer_backward_kernel(
     N,
     K,
     slope,
+    in_tiles,
+    BATCH_STATS: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # at least in_tiles
+    ONE_STEP: tl.constexpr,  # N <= BLOCK_K
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of d, of which there are K
     BLOCK_K: tl.constexpr,  # step along the sum, over N
     GROUP_M: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     tile_m, tile_n = tile_order(M, K, BLOCK_M, BLOCK_N, GROUP_M)
     first = tile_m.to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
@@ -100,25 +146,25 @@ def _layer_backward_kernel(
     g_tile = first * N + rows[:, None] * N
     # The programs of the first column tile store grad_y for all.
     grad_y_row_mask = rows < tl.where(tile_n == 0, M - first, 0)
-    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for n in range(0, N, BLOCK_K):
-        ns = n + tl.arange(0, BLOCK_K)
-        n_mask = ns < N
-        mask = row_mask[:, None] & n_mask[None, :]
-        weight = tl.load(
-            weight_ptr + ns[:, None] * K + columns[None, :], mask=n_mask[:, None] & column_mask[None, :], other=0.0
-        )
-        g = tl.load(g_ptr + g_tile + ns[None, :], mask=mask, other=0.0)
-        if y_ptr is not None:
-            y = tl.load(y_ptr + g_tile + ns[None, :], mask=mask, other=0.0).to(tl.float32)
-            grad_y = norm_input_gradient(g.to(tl.float32), y, norm_grad_ptr, ns, n_mask, N)
-            if skip_grad_ptr is not None:
-                grad_y += tl.load(skip_grad_ptr + g_tile + ns[None, :], mask=mask, other=0.0).to(tl.float32)
-            g = grad_y
-            if grad_y_ptr is not None:
-                stored = grad_y.to(grad_y_ptr.dtype.element_ty)
-                tl.store(grad_y_ptr + g_tile + ns[None, :], stored, mask=grad_y_row_mask[:, None] & n_mask[None, :])
-        product = tl.dot(g.to(weight_ptr.dtype.element_ty), weight, product, input_precision=PRECISION)
+    # The first program stores the gradients that it merged.
+    stored = tl.where(tl.program_id(0) == 0, N, 0)
+    if ONE_STEP:
+        # Straight on, so that all loads are under way at once.
+        g, weight = _operands(
+            g_ptr, y_ptr, norm_grad_ptr, in_sums_ptr, grad_gamma_ptr, grad_beta_ptr, skip_sum_ptr, grad_bias_ptr,
+            skip_grad_ptr, grad_y_ptr, weight_ptr, g_tile, row_mask, grad_y_row_mask, columns, column_mask,
+            tl.arange(0, BLOCK_K), stored, M, N, K, in_tiles, BATCH_STATS, BLOCK_T,
+        )  # fmt: skip
+        product = tl.dot(g, weight, input_precision=PRECISION)
+    else:
+        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for n in range(0, N, BLOCK_K):
+            g, weight = _operands(
+                g_ptr, y_ptr, norm_grad_ptr, in_sums_ptr, grad_gamma_ptr, grad_beta_ptr, skip_sum_ptr, grad_bias_ptr,
+                skip_grad_ptr, grad_y_ptr, weight_ptr, g_tile, row_mask, grad_y_row_mask, columns, column_mask,
+                n + tl.arange(0, BLOCK_K), stored, M, N, K, in_tiles, BATCH_STATS, BLOCK_T,
+            )  # fmt: skip
+            product = tl.dot(g, weight, product, input_precision=PRECISION)
 
     offsets = first * K + rows[:, None] * K + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
@@ -142,7 +188,7 @@ def layer_backward(
     weight: Tensor,
     *,
     y: Tensor | None = None,
-    norm_grad: Tensor | None = None,
+    norm_grad: Tensor | DeferredGradient | None = None,
     skip_grad: Tensor | None = None,
     residual: Tensor | None = None,
     x: Tensor | None = None,
@@ -152,6 +198,7 @@ def layer_backward(
     negative_slope: float = 0.01,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    grad_y: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient at the input of the activation before the layer (``x``, ``norm`` given) or of the layer's input (not).
@@ -162,7 +209,7 @@ def layer_backward(
         The gradient of the layer's output; with ``y``, d of the BatchNorm that follows the layer.
     weight : [out, in] contiguous
         Its dtype is the product's.
-    y, norm_grad : [rows, out] and fp32 [4, out], optional
+    y, norm_grad : [rows, out] and fp32 [4, out] or DeferredGradient, optional
         The layer's output and the coefficients of that BatchNorm's input gradient.
     skip_grad : [rows, out], optional
         Added to that input gradient.
@@ -174,6 +221,8 @@ def layer_backward(
         Of d; by default the weight's.
     out : [rows, in] contiguous, optional
         Where to write d; by default a new tensor of that dtype.
+    grad_y : [rows, out] contiguous, of y's dtype, optional
+        With ``y``, where to write grad_y; by default a new tensor.
     config : TileConfig, optional
         The tile sizes; by default the table's.
 
@@ -181,7 +230,7 @@ def layer_backward(
     -------
     d : [rows, in]
     grad_y : [rows, out]
-        The gradient of the layer's output: a new tensor of y's dtype with ``y``, otherwise ``g``.
+        The gradient of the layer's output: of y's dtype with ``y``, otherwise ``g``.
     tile_sums : fp32 [2, tiles, in] or None
         Column sums of d and of d * xhat over each row tile.
     """
@@ -191,13 +240,21 @@ def layer_backward(
         config = backward_config(g, weight, rows)
     tiles = triton.cdiv(rows, config.block_m)
     d = weight.new_empty((rows, inner), dtype=dtype) if out is None else out
-    grad_y = None if y is None else torch.empty_like(y)
+    if y is not None and grad_y is None:
+        grad_y = torch.empty_like(y)
     tile_sums = g.new_empty((2, tiles, inner), dtype=torch.float32) if x is not None else None
+    merge: tuple[Any, ...] = (norm_grad, None, None, None, None, None)
+    in_tiles, batch_stats = 0, False
+    if isinstance(norm_grad, DeferredGradient):
+        gamma, beta, bias = norm_grad.out
+        merge = (norm_grad.norm, norm_grad.tile_sums, gamma, beta, norm_grad.skip_sum, bias)
+        in_tiles, batch_stats = norm_grad.tile_sums.shape[1], norm_grad.batch_stats
     launch(
         _layer_backward_kernel, (tiles * triton.cdiv(inner, config.block_n),),
-        g, y, norm_grad, skip_grad, grad_y, weight, residual, x, norm, skip, d, tile_sums, rows, width, inner,
-        negative_slope, ACTIVATION=activation, PRECISION=input_precision(weight.dtype),
+        g, y, *merge, skip_grad, grad_y, weight, residual, x, norm, skip, d, tile_sums, rows, width, inner,
+        negative_slope, in_tiles, BATCH_STATS=batch_stats, BLOCK_T=block_t(in_tiles),
+        ONE_STEP=width <= config.block_k, ACTIVATION=activation, PRECISION=input_precision(weight.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
         options=config.options,
     )  # fmt: skip
-    return d, g if grad_y is None else grad_y, tile_sums
+    return d, g if y is None or grad_y is None else grad_y, tile_sums

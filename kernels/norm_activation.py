@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .launch import launch
+from .launch import follow, launch
 from .layer_backward import activation_gradient, norm_input_gradient
 from .layer_forward import normalise
 
@@ -55,7 +55,9 @@ def _norm_activation_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     offsets, mask, _, columns = _tile(M, N, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     a = normalise(x, norm_ptr, columns, columns < N, N)
@@ -78,7 +80,9 @@ def _norm_activation_backward_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     offsets, mask, row_mask, columns = _tile(M, N, BLOCK_M, BLOCK_N)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -103,7 +107,9 @@ def _norm_backward_kernel(
     N,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     offsets, mask, _, columns = _tile(M, N, BLOCK_M, BLOCK_N)
     d = tl.load(d_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

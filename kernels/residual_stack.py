@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from . import configurations
-from .batch_norm import Moments, column_moments, merge_moments, running_norm
+from .batch_norm import Moments, column_moments, merge_gradients, merge_moments, running_norm
+from .deferred import DeferredGradient, DeferredNorm
 from .launch import Number, Tape, call
 from .layer_backward import layer_backward
 from .layer_forward import layer_forward
@@ -108,6 +109,8 @@ class Key(NamedTuple):
     need_x: bool
     need_weights: tuple[bool, ...]
     strategy: str
+    deferred: int  # of how many row tiles at most statistics are merged by their consumer
+    group: int  # of how many units the gradients of the weights share launches
     policy: tuple[Any, ...]  # what the choice of tiles depends on besides shape, dtype and device
 
 
@@ -204,9 +207,14 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def choice(options: StackOptions, x: Tensor) -> tuple[str, tuple[Any, ...]]:
-    strategy = configurations.strategy(options.dtype, x.shape[0], x.shape[1], x.device)
-    return strategy, configurations.policy(options.dtype)
+def choice(options: StackOptions, x: Tensor) -> tuple[str, int, int, tuple[Any, ...]]:
+    rows, width = x.shape
+    strategy = configurations.strategy(options.dtype, rows, width, x.device)
+    # Each layer's gradient is of its output's dtype; in order "pre" the last one's is the stream's.
+    last = x.dtype if options.order == "pre" else options.dtype
+    unit_bytes = rows * width * ((options.layers - 1) * options.dtype.itemsize + last.itemsize)
+    group = configurations.grouped_units(strategy, rows, width, unit_bytes)
+    return strategy, configurations.deferred_tiles(strategy, width), group, configurations.policy(options.dtype)
 
 
 @functools.lru_cache(maxsize=128)
@@ -243,12 +251,27 @@ class _Norms:
         self.biases: Sequence[Tensor | None] = biases or [None] * key.depth
         self.running, self.momentum = running, momentum
 
-    def finish(self, i: int, moments: Moments | None) -> Tensor:
+    def finish(self, i: int, moments: Moments | None, *, deferred: bool = True) -> Tensor | DeferredNorm:
+        """``norm``, or what a layer needs to merge it itself."""
         key, weight, bias = self.key, self.weights[i], self.biases[i]
         if moments is None:
             return running_norm(*self.running[i], weight, bias, key.eps, out=self.out[i])
+        if deferred and moments[0].shape[0] <= key.deferred:
+            changes = (self.running[i], self.momentum[i]) if key.update else ()
+            return DeferredNorm(moments, weight, bias, key.eps, self.out[i], *changes)
         update: dict[str, Any] = {"running": self.running[i], "momentum": self.momentum[i]} if key.update else {}
         return merge_moments(*moments, key.rows, weight, bias, key.eps, out=self.out[i], **update)
+
+
+def finish_gradient(
+    key: Key, tile_sums: Tensor, norm: Tensor, out: tuple[Tensor, Tensor, Tensor], *, skip_sum: Tensor | None = None,
+    deferred: bool = True,
+) -> Tensor | DeferredGradient:  # fmt: skip
+    """``norm_grad``, or what a layer needs to merge it itself."""
+    if deferred and tile_sums.shape[1] <= key.deferred:
+        return DeferredGradient(tile_sums, norm, key.options.batch_stats, skip_sum, out)
+    *_, norm_grad = merge_gradients(tile_sums, norm, key.rows, key.options.batch_stats, skip_sum=skip_sum, out=out)
+    return norm_grad
 
 
 def setting(key: Key) -> tuple[Layer, dict[str, Any]]:
@@ -287,7 +310,7 @@ def _forward_post(
     layers = key.options.layers
     layer, act = setting(key)
     y, unit_input = x, x
-    norm: Tensor | None = None
+    norm: Tensor | DeferredNorm | None = None
     for i in range(key.depth):
         skip = h = None
         if i % layers == 0 and i > 0:
@@ -297,5 +320,5 @@ def _forward_post(
             y, weights[i], biases[i], norm=norm, skip=skip, h=h, moments=key.options.batch_stats,
             out=inner[i] if key.keep else None, **act,
         )  # fmt: skip
-        norm = norms.finish(i, moments)
+        norm = norms.finish(i, moments, deferred=i + 1 < key.depth)
     norm_activation(y, norms.out[-1], skip=unit_input, out=result, **act)

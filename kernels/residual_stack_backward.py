@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .batch_norm import merge_gradients
+from .deferred import DeferredGradient
 from .launch import Tape, call
 from .norm_activation import norm_activation_backward, norm_backward
 from .residual_stack import (
@@ -19,6 +20,7 @@ from .residual_stack import (
     aligned,
     cast_weights,
     choice,
+    finish_gradient,
     kept_shapes,
     needs_cast,
     on_device,
@@ -111,8 +113,92 @@ def _backward_tape(key: Key) -> Tape:
             *(tape.unbind(tape.input((depth, key.width), torch.float32)) for _ in range(3)),
         )
         run = _backward_pre if options.order == "pre" else _backward_post
-        run(grad, x, cast_weights(tape, weights, key), kept, out, key)
+        weight_gradients = _WeightGradients(tape, key, out.weights, kept)
+        run(grad, x, cast_weights(tape, weights, key), kept, out, weight_gradients, key)
     return tape
+
+
+class _WeightGradients:
+    """The launches for the gradients of the weights: one a layer at once, or few when a group of units is done.
+
+    In a group the gradients of the layers' outputs are kept in stacked temporaries, as the forward's tensors are.
+    Layers whose tensors follow each other at equal distances share a launch.
+    """
+
+    def __init__(self, tape: Tape, key: Key, out: list[Tensor], kept: _KeptLayers) -> None:
+        self._tape, self._key, self._out = tape, key, out
+        self._layer, self._act = setting(key)
+        self._stacks: list[list[Tensor]] = [*kept]
+        self._slots: dict[int, Tensor] = {}
+        self._waiting: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def place(self, i: int) -> dict[str, Tensor]:
+        """Where layer i's backward shall write the gradient of its output, as an argument; none if anywhere."""
+        key, layers = self._key, self._key.options.layers
+        if key.group == 1 or not key.need_weights[i]:
+            return {}
+        if i not in self._slots:
+            start = i - i % (key.group * layers)
+            group = range(start, min(start + key.group * layers, key.depth))
+            ends = [k for k in group if (k + 1) % layers == 0]
+            narrow = key.options.dtype
+            for numbers, dtype in (
+                ([k for k in group if k not in ends], narrow),
+                (ends, key.x if key.options.order == "pre" else narrow),
+            ):
+                stack = torch.empty((len(numbers), key.rows, key.width), dtype=dtype, device="meta")
+                parts = self._tape.unbind(stack)
+                self._stacks.append(parts)
+                self._slots |= dict(zip(numbers, parts, strict=True))
+        return {"grad_y": self._slots[i]}
+
+    def add(self, i: int, grad_y: Tensor, x: Tensor, norm: Tensor | None) -> None:
+        """Layer i, whose input is ``activation(norm(x))``, or x without a norm. The last layer comes first."""
+        key = self._key
+        if key.need_weights[i]:
+            self._waiting[i] = (grad_y, x, norm)
+        if key.group == 1 or i % (key.group * key.options.layers) == 0:
+            self._launch()
+
+    def _launch(self) -> None:
+        layers = self._key.options.layers
+        places = {id(part): (n, k) for n, parts in enumerate(self._stacks) for k, part in enumerate(parts)}
+        # By a layer's number in its unit: runs of units.
+        for number in range(layers):
+            run: list[int] = []
+            for i in (i for i in sorted(self._waiting) if i % layers == number):
+                if run and not self._follows(places, [*run[-2:], i]):
+                    self._launch_run(places, run)
+                    run = []
+                run.append(i)
+            if run:
+                self._launch_run(places, run)
+        self._waiting = {}
+
+    def _steps(self, places: dict[int, tuple[int, int]], i: int, k: int) -> tuple[int, ...] | None:
+        """How many parts on layer k's tensors lie than layer i's: grad_y, x, norm, result; None if in other stacks."""
+        steps = []
+        for a, b in zip(self._waiting[i], self._waiting[k], strict=True):
+            if a is None or b is None:
+                if a is not b:
+                    return None
+                steps.append(0)
+                continue
+            if id(a) not in places or id(b) not in places or places[id(a)][0] != places[id(b)][0]:
+                return None
+            steps.append(places[id(b)][1] - places[id(a)][1])
+        return (*steps, k - i)
+
+    def _follows(self, places: dict[int, tuple[int, int]], run: list[int]) -> bool:
+        steps = {self._steps(places, i, k) for i, k in itertools.pairwise(run)}
+        return len(steps) == 1 and None not in steps
+
+    def _launch_run(self, places: dict[int, tuple[int, int]], run: list[int]) -> None:
+        grad_y, x, norm = self._waiting[run[0]]
+        several = {"layers": len(run), "steps": self._steps(places, *run[:2])} if len(run) > 1 else {}
+        self._layer.weight(
+            grad_y, x, norm=norm, dtype=self._key.options.dtype, out=self._out[run[0]], **several, **self._act
+        )
 
 
 def _column_sums(out: Tensor, grad: Tensor) -> None:
@@ -120,8 +206,9 @@ def _column_sums(out: Tensor, grad: Tensor) -> None:
 
 
 def _backward_pre(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: Key
-) -> None:
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients,
+    weight_gradients: _WeightGradients, key: Key,
+) -> None:  # fmt: skip
     depth, layers = key.depth, key.options.layers
     layer, act = setting(key)
     # The input of layer i: x, a unit's output, or a raw output inside a unit.
@@ -130,35 +217,37 @@ def _backward_pre(
         for i in range(depth)
     ]
     # g, with y and norm_grad: gradient at the activation of the layer above, whose BatchNorm is still to be passed.
-    g, y, norm_grad, skip_grad = grad, None, None, None
+    g, y, skip_grad = grad, None, None
+    norm_grad: Tensor | DeferredGradient | None = None
     unit_grad = grad
     call(_column_sums, out.biases[depth - 1], grad)
     first_bias = torch.empty_like(out.biases[0])  # where merge_gradients has no layer before to write to
     for i in reversed(range(depth)):
         raw, norm = raws[i], kept.norms[i]
         d, grad_y, tile_sums = layer.backward(
-            g, weights[i], y=y, norm_grad=norm_grad, skip_grad=skip_grad, x=raw, norm=norm, **act
-        )
-        if key.need_weights[i]:
-            layer.weight(grad_y, raw, norm=norm, dtype=key.options.dtype, out=out.weights[i], **act)
+            g, weights[i], y=y, norm_grad=norm_grad, skip_grad=skip_grad, x=raw, norm=norm,
+            **(weight_gradients.place(i) if i + 1 < depth else {}), **act,
+        )  # fmt: skip
+        weight_gradients.add(i, grad_y, raw, norm)
         if (i + 1) % layers == 0:
             unit_grad, unit_sum = grad_y, out.biases[i]
         starts_unit = i % layers == 0
         assert tile_sums is not None
-        *_, norm_grad = merge_gradients(
-            tile_sums, norm, key.rows, key.options.batch_stats, skip_sum=unit_sum if starts_unit else None,
-            out=(out.norm_weights[i], out.norm_biases[i], out.biases[i - 1] if i else first_bias),
+        norm_grad = finish_gradient(
+            key, tile_sums, norm, (out.norm_weights[i], out.norm_biases[i], out.biases[i - 1] if i else first_bias),
+            skip_sum=unit_sum if starts_unit else None, deferred=i > 0,
         )  # fmt: skip
         g, y, skip_grad = d, raw, unit_grad if starts_unit else None
     assert y is not None
-    assert norm_grad is not None
+    assert isinstance(norm_grad, Tensor)
     if out.x is not None:
         norm_backward(g, y, norm_grad, skip_grad=skip_grad, out=out.x)
 
 
 def _backward_post(
-    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: Key
-) -> None:
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients,
+    weight_gradients: _WeightGradients, key: Key,
+) -> None:  # fmt: skip
     layers = key.options.layers
     layer, act = setting(key)
     inputs = [x, *kept.stream]
@@ -168,25 +257,26 @@ def _backward_post(
     for i in reversed(range(key.depth)):
         y = kept.inner[i]
         assert tile_sums is not None
-        *_, norm_grad = merge_gradients(
-            tile_sums, kept.norms[i], key.rows, key.options.batch_stats,
-            out=(out.norm_weights[i], out.norm_biases[i], out.biases[i]),
+        norm_grad = finish_gradient(
+            key, tile_sums, kept.norms[i], (out.norm_weights[i], out.norm_biases[i], out.biases[i]),
+            deferred=i > 0 or out.x is not None,
         )  # fmt: skip
         before = {"x": kept.inner[i - 1], "norm": kept.norms[i - 1]} if i else {}
+        place = weight_gradients.place(i)
         if i % layers:
-            d, grad_y, tile_sums = layer.backward(d, weights[i], y=y, norm_grad=norm_grad, **before, **act)
+            d, grad_y, tile_sums = layer.backward(d, weights[i], y=y, norm_grad=norm_grad, **before, **place, **act)
         elif i > 0:
             d, grad_y, tile_sums = layer.backward(
                 d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, skip=inputs[i // layers - 1], dtype=key.x,
-                **before, **act,
+                **before, **place, **act,
             )  # fmt: skip
             unit_d = d
         elif out.x is not None:
             _, grad_y, _ = layer.backward(
-                d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, dtype=key.x, out=out.x, **act
+                d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, dtype=key.x, out=out.x, **place, **act
             )
         else:
-            grad_y = norm_backward(d, y, norm_grad)
-        if key.need_weights[i]:
-            source = {"x": inputs[i // layers]} if i % layers == 0 else before
-            layer.weight(grad_y, **source, dtype=key.options.dtype, out=out.weights[i], **act)
+            assert isinstance(norm_grad, Tensor)
+            grad_y = norm_backward(d, y, norm_grad, out=place.get("grad_y"))
+        source = (inputs[i // layers], None) if i % layers == 0 else (kept.inner[i - 1], kept.norms[i - 1])
+        weight_gradients.add(i, grad_y, *source)

@@ -32,6 +32,7 @@ from .batch_norm import (
     _running_norm_kernel,
 )
 from .configurations import TileConfig
+from .deferred import block_t
 from .layer_backward import _layer_backward_kernel
 from .layer_forward import _layer_forward_kernel
 from .norm_activation import (
@@ -106,7 +107,8 @@ def compile_kernel(
 class Case(NamedTuple):
     """A configuration and the variant of the kernel it is compiled as.
 
-    ``wide_stream``: the tensors between units are fp32 beside a half-precision product.
+    ``wide_stream``: the tensors between units are fp32 beside a half-precision product. ``deferred``: the statistics
+    are merged by their consumer. ``one_step``: the sum has one step.
     """
 
     kernel: str
@@ -116,12 +118,22 @@ class Case(NamedTuple):
     order: str
     activation: str
     wide_stream: bool
+    deferred: bool = False
+    one_step: bool = False
+
+
+#: (deferred, one_step) that a kernel is compiled as.
+VARIANTS = {
+    "forward": ((False, False), (True, False), (True, True)),
+    "backward": ((False, False), (True, False), (True, True)),
+    "weight": ((False, False),),
+}
 
 
 def cases(capabilities: Sequence[int], activations: Sequence[str], wide_streams: Sequence[bool]) -> list[Case]:
     """Every configuration that can be chosen on these chips, in the variants with the most operands."""
     return [
-        Case(kernel, arithmetic, capability, config, order, activation, wide)
+        Case(kernel, arithmetic, capability, config, order, activation, wide, deferred, one_step)
         for kernel in configurations.KERNELS
         for arithmetic in configurations.ARITHMETICS
         for capability in capabilities
@@ -129,6 +141,7 @@ def cases(capabilities: Sequence[int], activations: Sequence[str], wide_streams:
         for order in (("pre", "post") if kernel != "weight" else ("pre",))
         for activation in activations
         for wide in wide_streams
+        for deferred, one_step in VARIANTS[kernel]
         if arithmetic == "half" or not wide
     ]
 
@@ -139,7 +152,14 @@ def compile_case(case: Case) -> Resources:
     stream = "*fp32" if case.wide_stream else narrow
     pre, columns = case.order == "pre", "*fp32"
     arguments: dict[str, Any] = dict.fromkeys(("M", "N", "K", "split_rows"), "i32")
+    arguments |= {f"{name}_step": "i32 odd" for name in ("grad_y", "x", "norm", "split", "partial")}
     arguments |= {"slope": "fp32", "norm_ptr": columns, "bias_ptr": columns, "norm_grad_ptr": columns}
+    merged = ["in_mean", "in_m2", "gamma", "beta", "running_mean", "running_var"]
+    merged += ["in_sums", "grad_gamma", "grad_beta", "skip_sum", "grad_bias"]
+    arguments |= {f"{name}_ptr": columns if case.deferred else None for name in merged}
+    arguments |= {"in_tiles": "i32 odd", "in_rows": "i32", "eps": "fp32", "momentum": "fp32", "BATCH_STATS": True}
+    arguments |= {"BLOCK_T": block_t(configurations.DEFERRED_TILES if case.deferred else 0)}
+    arguments |= {"ONE_STEP": case.one_step, "CHAINED": case.capability >= 90}
     arguments |= {"ACTIVATION": case.activation, "PRECISION": "tf32" if case.arithmetic == "tf32" else "ieee"}
     arguments |= {"BLOCK_M": case.config.block_m, "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k}
     arguments |= {"GROUP_M": case.config.group_m, "weight_ptr": narrow, "x_ptr": stream if pre else narrow}
@@ -181,8 +201,15 @@ def compile_passes(capability: int, columns: int | None = None) -> dict[str, Res
     """Compile every kernel without a product, by name; ``columns=1`` as launches of that width specialise it."""
     size: Any = "i32" if columns is None else columns
     scalars = {"M": "i32", "N": size, "tiles": size, "splits": "i32", "size": size}
-    scalars |= dict.fromkeys(("eps", "slope", "momentum"), "fp32")
-    constants = {"ACTIVATION": "gelu", "BATCH_STATS": True, "TILE_ROWS": 64, "BLOCK_T": MERGE_BLOCK_T, "BLOCK": 1024}
+    scalars |= {"total_step": "i32 odd"} | dict.fromkeys(("eps", "slope", "momentum"), "fp32")
+    constants = {
+        "CHAINED": capability >= 90,
+        "ACTIVATION": "gelu",
+        "BATCH_STATS": True,
+        "TILE_ROWS": 64,
+        "BLOCK_T": MERGE_BLOCK_T,
+        "BLOCK": 1024,
+    }
     found = {}
     for kernel, block_m, block_n in _PASSES:
         known = {**scalars, **constants, "BLOCK_M": block_m, "BLOCK_N": block_n}

@@ -6,7 +6,7 @@ tensor                  shape               dtype      stored or recomputed
 grad_y                  [rows, out]         any        read
 x, norm                 as in the forward              read
 h                       [rows, in]          dot type   recomputed in registers
-partial                 [splits, out, in]   fp32       stored per split of the rows, summed in a second step
+partial                 [splits, layers, out, in] fp32 stored per split of the rows, summed in a second step
 grad_weight             [out, in]           fp32       result
 ======================  ==================  =========  ============================================================
 
@@ -14,6 +14,9 @@ grad_weight             [out, in]           fp32       result
 2. Product ``grad_y.T @ h`` over a split's rows, accumulated in fp32; the splits fill the machine where the weight has
    few tiles.
 3. The splits are summed in order by a second kernel: no atomics, so results repeat bit for bit.
+
+Small layers of one stack run together, in one launch: a program finds its layer's tensors by index arithmetic, since
+they lie at equal distances.
 
 The bias gradient, the column sums of ``grad_y``, needs no pass: see ``batch_norm.merge_gradients``.
 """
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from .activations import activate
 from .configurations import TileConfig, input_precision, weight_config
-from .launch import launch
+from .launch import follow, launch
 from .layer_forward import tile_order
 
 _DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -35,14 +38,19 @@ _DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.floa
 
 @triton.jit
 def _weight_gradient_kernel(
-    grad_y_ptr,  # [M, N]
+    grad_y_ptr,  # [M, N], of the first layer; the others' lie grad_y_step such tensors on, and so on
     x_ptr,  # [M, K]
     norm_ptr,  # [5, K] fp32, or None: x is h
-    partial_ptr,  # [splits, N, K] fp32
+    partial_ptr,  # [N, K] fp32 a split and layer
     M,
     N,
     K,
     split_rows,  # rows of a split, a multiple of BLOCK_K
+    grad_y_step,
+    x_step,
+    norm_step,
+    split_step,
+    partial_step,
     slope,
     ACTIVATION: tl.constexpr,
     DOT_TYPE: tl.constexpr,
@@ -51,9 +59,14 @@ def _weight_gradient_kernel(
     BLOCK_N: tl.constexpr,  # columns of the weight, of which there are K
     BLOCK_K: tl.constexpr,  # step along the sum, over M
     GROUP_M: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     tile_n, tile_k = tile_order(N, K, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1).to(tl.int64)
+    layer = tl.program_id(2).to(tl.int64)
+    grad_y_ptr += layer * grad_y_step * M * N
+    x_ptr += layer * x_step * M * K
     ns = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
     ks = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = ns < N
@@ -65,6 +78,7 @@ def _weight_gradient_kernel(
     g_pointers = grad_y_ptr + first * N + rows[None, :] * N + ns[:, None]
     x_pointers = x_ptr + first * K + rows[:, None] * K + ks[None, :]
     if norm_ptr is not None:
+        norm_ptr += layer * norm_step * 5 * K
         mean = tl.load(norm_ptr + ks, mask=k_mask, other=0.0)[None, :]
         scale = tl.load(norm_ptr + 3 * K + ks, mask=k_mask, other=0.0)[None, :]
         shift = tl.load(norm_ptr + 4 * K + ks, mask=k_mask, other=0.0)[None, :]
@@ -79,26 +93,30 @@ def _weight_gradient_kernel(
         product = tl.dot(g.to(DOT_TYPE), h.to(DOT_TYPE), product, input_precision=PRECISION)
         g_pointers += BLOCK_K * N
         x_pointers += BLOCK_K * K
-    offsets = split * N * K + ns[:, None] * K + ks[None, :]
+    offsets = (split * split_step + layer * partial_step) * N * K + ns[:, None] * K + ks[None, :]
     tl.store(partial_ptr + offsets, product, mask=n_mask[:, None] & k_mask[None, :])
 
 
 @triton.jit
 def _sum_splits_kernel(
-    partial_ptr,  # [splits, size] fp32
-    total_ptr,  # [size] fp32
+    partial_ptr,  # [splits, layers, size] fp32
+    total_ptr,  # [size] fp32 a layer
     splits,
     size,
+    total_step,  # from a layer's to the next one's, in such tensors
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
+    layer = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
-    pointers = partial_ptr + i
+    pointers = partial_ptr + layer * size + i
     for _ in range(splits):
         total += tl.load(pointers, mask=mask, other=0.0)
-        pointers += size
-    tl.store(total_ptr + i, total, mask=mask)
+        pointers += tl.num_programs(1).to(tl.int64) * size
+    tl.store(total_ptr + layer * total_step * size + i, total, mask=mask)
 
 
 def weight_gradient(
@@ -110,6 +128,8 @@ def weight_gradient(
     negative_slope: float = 0.01,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    layers: int = 1,
+    steps: tuple[int, int, int, int] = (1, 1, 1, 1),
     config: TileConfig | None = None,
 ) -> Tensor:
     """``grad_y.T @ activation(norm(x))`` in fp32.
@@ -126,6 +146,9 @@ def weight_gradient(
         The product's; by default x's.
     out : fp32 [out, in] contiguous, optional
         Where to write the result.
+    layers, steps
+        With several layers of one width in one launch, each tensor is the first layer's, and a part of a stacked
+        tensor: the next layer's grad_y, x, norm and result lie so many parts on. ``out`` is needed.
     config : TileConfig, optional
         The tile sizes and the number of splits; by default the table's.
 
@@ -137,21 +160,26 @@ def weight_gradient(
     inner = x.shape[1]
     dtype = x.dtype if dtype is None else dtype
     if config is None:
-        config = weight_config(grad_y, x, dtype)
+        config = weight_config(grad_y, x, dtype, layers)
     # Splits of whole steps; rounding up may leave fewer of them than asked for.
     split_rows = triton.cdiv(triton.cdiv(rows, config.splits), config.block_k) * config.block_k
     splits = triton.cdiv(rows, split_rows)
     total = grad_y.new_empty((features, inner), dtype=torch.float32) if out is None else out
-    partial = total if splits == 1 else total.new_empty((splits, features, inner))
-    grid = (triton.cdiv(features, config.block_m) * triton.cdiv(inner, config.block_n), splits)
+    partial = total if splits == 1 else total.new_empty((splits, layers, features, inner))
+    grid = (triton.cdiv(features, config.block_m) * triton.cdiv(inner, config.block_n), splits, layers)
+    partial_steps = (1, steps[3]) if splits == 1 else (layers, 1)
     launch(
-        _weight_gradient_kernel, grid, grad_y, x, norm, partial, rows, features, inner, split_rows, negative_slope,
-        ACTIVATION=activation, DOT_TYPE=_DOT_TYPES[dtype], PRECISION=input_precision(dtype),
+        _weight_gradient_kernel, grid, grad_y, x, norm, partial, rows, features, inner, split_rows, *steps[:3],
+        *partial_steps, negative_slope, ACTIVATION=activation, DOT_TYPE=_DOT_TYPES[dtype],
+        PRECISION=input_precision(dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
         options=config.options,
     )  # fmt: skip
     if splits > 1:
         size = features * inner
         blocks = triton.cdiv(size, 1024)
-        launch(_sum_splits_kernel, (blocks,), partial, total, splits, size, BLOCK=1024, options={"num_warps": 4})
+        launch(
+            _sum_splits_kernel, (blocks, layers), partial, total, splits, size, steps[3], BLOCK=1024,
+            options={"num_warps": 4},
+        )  # fmt: skip
     return total
