@@ -42,6 +42,8 @@ DEFAULT_MULTIPROCESSORS = 132
 #: to 32 x 128 x 8 bytes more a step, of which 64 programs make 2 MB from the second-level cache, well below a
 #: microsecond.
 DEFERRED_TILES, DEFERRED_WIDTH = 32, 256
+#: The same for fp32 products, whose operands leave fewer registers.
+DEFERRED_TILES_FP32 = 16
 #: Bytes of gradients kept at most for the gradients of several layers' weights in one launch (two such groups are alive
 #: while one follows the other), and rows at most.
 GROUPED_BYTES, GROUPED_ROWS = 64 << 20, 8192
@@ -70,11 +72,18 @@ def _tiles(*configs: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
 
 # By kernel, arithmetic ("half" is bf16 and fp16) and family of chips; None: every family without its own list.
 _CANDIDATES: dict[tuple[str, str, int | None], tuple[TileConfig, ...]] = {
-    ("forward", "half", None): _tiles((64, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
+    ("forward", "half", None): _tiles(
+        (64, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (32, 64, 128, 4, 2)
+    ),
+    ("forward", "half", 100): _tiles(
+        (64, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 8, 4), (32, 64, 128, 4, 2)
+    ),
     ("forward", "half", 80): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 8, 3)),
     ("forward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
-    ("forward", "ieee", None): _tiles((64, 64, 16, 4, 2), (64, 32, 16, 8, 3)),
-    ("backward", "half", None): _tiles((64, 128, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3)),
+    ("forward", "ieee", None): _tiles((64, 64, 16, 8, 2), (64, 32, 16, 8, 3)),
+    ("backward", "half", None): _tiles(
+        (64, 128, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (32, 64, 128, 4, 2)
+    ),
     ("backward", "half", 80): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "ieee", None): _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
@@ -223,9 +232,11 @@ def weight_config(grad_y: Tensor, x: Tensor, dtype: torch.dtype, layers: int = 1
     return config._replace(splits=max(1, min(2 * chip.multiprocessors // tiles, steps // 2)))
 
 
-def deferred_tiles(strategy: str, width: int) -> int:
+def deferred_tiles(strategy: str, arithmetic: str, width: int) -> int:
     """Of how many row tiles at most a layer merges the statistics of its input, or of its gradient, by itself."""
-    return DEFERRED_TILES if strategy == "fused" and width <= DEFERRED_WIDTH else 0
+    if strategy != "fused" or width > DEFERRED_WIDTH:
+        return 0
+    return DEFERRED_TILES if arithmetic == "half" else min(DEFERRED_TILES, DEFERRED_TILES_FP32)
 
 
 def grouped_units(strategy: str, rows: int, width: int, unit_bytes: int) -> int:

@@ -214,7 +214,8 @@ def choice(options: StackOptions, x: Tensor) -> tuple[str, int, int, tuple[Any, 
     last = x.dtype if options.order == "pre" else options.dtype
     unit_bytes = rows * width * ((options.layers - 1) * options.dtype.itemsize + last.itemsize)
     group = configurations.grouped_units(strategy, rows, width, unit_bytes)
-    return strategy, configurations.deferred_tiles(strategy, width), group, configurations.policy(options.dtype)
+    deferred = configurations.deferred_tiles(strategy, configurations.arithmetic_of(options.dtype), width)
+    return strategy, deferred, group, configurations.policy(options.dtype)
 
 
 @functools.lru_cache(maxsize=128)

@@ -158,7 +158,8 @@ def compile_case(case: Case) -> Resources:
     merged += ["in_sums", "grad_gamma", "grad_beta", "skip_sum", "grad_bias"]
     arguments |= {f"{name}_ptr": columns if case.deferred else None for name in merged}
     arguments |= {"in_tiles": "i32 odd", "in_rows": "i32", "eps": "fp32", "momentum": "fp32", "BATCH_STATS": True}
-    arguments |= {"BLOCK_T": block_t(configurations.DEFERRED_TILES if case.deferred else 0)}
+    tiles = configurations.deferred_tiles("fused", case.arithmetic, 1) if case.deferred else 0
+    arguments |= {"BLOCK_T": block_t(tiles)}
     arguments |= {"ONE_STEP": case.one_step, "CHAINED": case.capability >= 90}
     arguments |= {"ACTIVATION": case.activation, "PRECISION": "tf32" if case.arithmetic == "tf32" else "ieee"}
     arguments |= {"BLOCK_M": case.config.block_m, "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rvae_fast.kernels import configurations
 from rvae_fast.kernels import residual_stack as driver
 from rvae_fast.kernels import residual_stack_backward as way_back
 from rvae_fast.kernels.launch import Tape, call
@@ -66,8 +67,11 @@ def test_views_and_nested_recordings_are_refused() -> None:
     assert out.tolist() == [2, 2]
 
 
-def test_launches_and_memory_of_a_stack() -> None:
-    """Two launches a layer forward, at most four backward, and temporaries that do not grow with depth."""
+def test_launches_and_memory_of_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches a layer forward, at most four backward, and temporaries that do not grow with depth; of a stack that
+    is not small enough for fewer (``test_small_stacks.py``)."""
+    monkeypatch.setattr(configurations, "DEFERRED_TILES", 0)
+    monkeypatch.setattr(configurations, "GROUPED_ROWS", 0)
     found, play = [], Tape.play
     for depth in (4, 12):
         x, weights, vectors = torch.randn(9, 8), [torch.randn(8, 8)] * depth, [torch.ones(8)] * depth

@@ -15,6 +15,14 @@ PARAMETERS = ("weights", "biases", "norm_weights", "norm_biases")
 EPS = 1e-3
 
 
+@pytest.fixture(autouse=True, params=["small", "large"])
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As stacks of this size run, and as larger ones do, whose launches are one by one."""
+    if request.param == "large":
+        monkeypatch.setattr(configurations, "DEFERRED_TILES", 0)
+        monkeypatch.setattr(configurations, "GROUPED_ROWS", 0)
+
+
 def make(width: int, depth: int, *, affine: bool = True, bias: bool = True) -> dict[str, list[Tensor]]:
     def vectors(wanted: bool = True) -> list[Tensor]:
         return [torch.randn(width) for _ in range(depth)] if wanted else []
