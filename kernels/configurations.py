@@ -114,7 +114,9 @@ def shared_memory_bound(kernel: str, arithmetic: str, config: TileConfig) -> int
     """
     other = 2 if arithmetic == "half" and kernel != "weight" else 4
     bytes_a_step = _PROLOGUE_TILES[kernel] * config.block_m * 4 + config.block_n * other
-    return config.num_stages * config.block_k * bytes_a_step + 2048
+    # Statistics that a layer merges itself; what the other kernels' operands leave is enough for them.
+    merge = DEFERRED_TILES * config.block_k * 4 if kernel == "forward" and arithmetic == "half" else 0
+    return config.num_stages * config.block_k * bytes_a_step + merge + 2048
 
 
 def candidates(

@@ -166,7 +166,7 @@ def test_every_strategy(
         assert_within_bound(module, torch.randn(999, 257, device=cuda).requires_grad_())
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("arithmetic", ["ieee", "tf32", "half"])
 def test_every_tile(
     arithmetic: str, number: int, triton: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -174,7 +174,7 @@ def test_every_tile(
     """Each configuration that can be chosen on this chip, by value and not only by compilation."""
     from rvae_fast.kernels import configurations
 
-    assert max(len(c) for c in configurations._CANDIDATES.values()) == 4, "another number of parameters, please"
+    assert max(len(c) for c in configurations._CANDIDATES.values()) == 5, "another number of parameters, please"
     cuda = request.getfixturevalue("cuda")
     if arithmetic == "tf32":
         request.getfixturevalue("tf32")
