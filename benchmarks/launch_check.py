@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,11 @@ SHAPES = ((1024, 128), (1000, 96), (1024, 256), (8192, 128))
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 ORDERS = ("pre", "post")
 BLOCKS = (2, 10, 50)
+#: What is checked by value without ``--all``: a wide or large stack in fp32 runs by the library's products.
+CASES = (
+    *itertools.product(SHAPES, ("bf16",), ORDERS),
+    *itertools.product(SHAPES[:2], ("fp32",), ORDERS),
+)
 TIMED = ((1024, 128), (8192, 128))
 #: What each way of launching has: statistics merged by their consumer, weights' gradients in groups, launches chained,
 #: tiles for tiny shapes.
@@ -227,12 +232,12 @@ def sweeps() -> list[dict[str, tuple[int, ...]]]:
     return [{"forward": f, "backward": b} for f, b in SWEEP]
 
 
-def compile_share(share: int, of: int, device: torch.device) -> None:
+def compile_share(share: int, of: int, cases: Iterable[tuple[tuple[int, int], str, str]], device: torch.device) -> None:
     """What this process is to compile: each thing that will run, at two blocks."""
     todo: list[Callable[[], Any]] = []
-    for case in itertools.product(SHAPES, DTYPES, ORDERS, ("new", "old")):
-        todo.append(lambda case=case: _run_once(*case, device))
     todo += [lambda s=s, w=w: timed(s, w, device, blocks=2) for s, w in itertools.product(TIMED, WAYS)]
+    for case, way in itertools.product(cases, ("new", "old")):
+        todo.append(lambda case=case, way=way: _run_once(*case, way, device))
     todo += [lambda t=t: timed(TIMED[0], "new", device, t, blocks=2) for t in sweeps()]
     for task in todo[share::of]:
         try:
@@ -252,13 +257,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=35.0, help="begin nothing after so many")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
+    parser.add_argument("--all", action="store_true", help="check every shape in every dtype")
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--dry", action="store_true", help="on the CPU, small")
     arguments = parser.parse_args()
     begun = time.monotonic()
     device = torch.device("cpu") if arguments.dry else torch.device("cuda", torch.cuda.current_device())
+    cases = tuple(itertools.product(SHAPES, DTYPES, ORDERS)) if arguments.all else CASES
     if arguments.share:
-        compile_share(*arguments.share, device)
+        compile_share(*arguments.share, cases, device)
         return
     todo: list[Callable[[], str]] = []
     if arguments.dry:
@@ -266,18 +273,20 @@ def main() -> None:
             todo.append(lambda order=order: check((70, 20), "fp32", order, (1, 2), device))
     else:
         count = arguments.processes
-        command = [sys.executable, "-W", "ignore", os.path.abspath(__file__), "--share"]
+        command = [sys.executable, "-W", "ignore", os.path.abspath(__file__), *["--all"][: arguments.all], "--share"]
         workers = [subprocess.Popen([*command, str(i), str(count)]) for i in range(count)]
         for worker in workers:
-            worker.wait()
+            try:
+                worker.wait(max(0.1, begun + 0.75 * arguments.seconds - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.kill()  # what it has not compiled is compiled below
+                print("a process that compiles has been stopped", flush=True)
         print(f"compiled in {time.monotonic() - begun:.0f} s, on {torch.cuda.get_device_name(device)}", flush=True)
         first = [lambda s=s, w=w: timed(s, w, device) for s, w in itertools.product(TIMED[:1], ("old", "new"))]
-        values = [
-            lambda s=s, d=d, o=o: check(s, d, o, BLOCKS, device)
-            for s, d, o in itertools.product(SHAPES, DTYPES, ORDERS)
-        ]
-        rest = [lambda s=s, w=w: timed(s, w, device) for s, w in itertools.product(TIMED, WAYS)]
-        todo = [*first, *values, *rest[2:], *(lambda t=t: timed(TIMED[0], "new", device, t) for t in sweeps())]
+        values = [lambda c=c: check(*c, BLOCKS, device) for c in cases]
+        others = [c for c in itertools.product(TIMED, WAYS) if c[0] != TIMED[0] or c[1] not in ("old", "new")]
+        rest = [lambda c=c: timed(*c, device) for c in others]
+        todo = [*first, *values, *rest, *(lambda t=t: timed(TIMED[0], "new", device, t) for t in sweeps())]
     for task in todo:
         if time.monotonic() - begun > arguments.seconds:
             print("out of time: the rest is left out", flush=True)

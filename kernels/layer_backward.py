@@ -100,7 +100,7 @@ def _operands(
     return g.to(weight_ptr.dtype.element_ty), weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["in_tiles"])
 def _layer_backward_kernel(
     g_ptr,  # [M, N]
     y_ptr,  # [M, N], or None: g is the gradient of y already

@@ -94,7 +94,7 @@ def _operands(
 _VECTORS = ["gamma_ptr", "beta_ptr", "running_mean_ptr", "running_var_ptr", "bias_ptr"]
 
 
-@triton.jit(do_not_specialize_on_alignment=_VECTORS)
+@triton.jit(do_not_specialize=["in_tiles", "in_rows"], do_not_specialize_on_alignment=_VECTORS)
 def _layer_forward_kernel(
     x_ptr,  # [M, K]
     norm_ptr,  # [5, K] fp32, or None: no normalisation

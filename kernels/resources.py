@@ -157,7 +157,7 @@ def compile_case(case: Case) -> Resources:
     merged = ["in_mean", "in_m2", "gamma", "beta", "running_mean", "running_var"]
     merged += ["in_sums", "grad_gamma", "grad_beta", "skip_sum", "grad_bias"]
     arguments |= {f"{name}_ptr": columns if case.deferred else None for name in merged}
-    arguments |= {"in_tiles": "i32 odd", "in_rows": "i32", "eps": "fp32", "momentum": "fp32", "BATCH_STATS": True}
+    arguments |= {"in_tiles": "i32 odd", "in_rows": "i32 odd", "eps": "fp32", "momentum": "fp32", "BATCH_STATS": True}
     tiles = configurations.deferred_tiles("fused", case.arithmetic, 1) if case.deferred else 0
     arguments |= {"BLOCK_T": block_t(tiles)}
     arguments |= {"ONE_STEP": case.one_step, "CHAINED": case.capability >= 90}

@@ -36,7 +36,7 @@ from .layer_forward import tile_order
 _DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grad_y_step", "x_step", "norm_step", "split_step", "partial_step"])
 def _weight_gradient_kernel(
     grad_y_ptr,  # [M, N], of the first layer; the others' lie grad_y_step such tensors on, and so on
     x_ptr,  # [M, K]
@@ -97,7 +97,7 @@ def _weight_gradient_kernel(
     tl.store(partial_ptr + offsets, product, mask=n_mask[:, None] & k_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "total_step"])
 def _sum_splits_kernel(
     partial_ptr,  # [splits, layers, size] fp32
     total_ptr,  # [size] fp32 a layer
