@@ -39,7 +39,10 @@ DEFAULT_MULTIPROCESSORS = 132
 
 
 class TileConfig(NamedTuple):
-    """Tile of the product: ``block_m`` x ``block_n`` results in steps of ``block_k`` along the sum."""
+    """Tile of the product: ``block_m`` x ``block_n`` results in steps of ``block_k`` along the sum.
+
+    ``parts`` are the column parts in which the epilogue of a split layer takes its tile (1, 2 or 4).
+    """
 
     block_m: int
     block_n: int
@@ -48,6 +51,7 @@ class TileConfig(NamedTuple):
     num_stages: int
     splits: int = 1
     group_m: int = 8
+    parts: int = 1
 
     @property
     def options(self) -> dict[str, int]:
@@ -55,8 +59,8 @@ class TileConfig(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def _tiles(*configs: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
-    return tuple(TileConfig(*config) for config in configs)
+def _tiles(*configs: tuple[int, int, int, int, int], parts: int = 1) -> tuple[TileConfig, ...]:
+    return tuple(TileConfig(*config, parts=parts) for config in configs)
 
 
 # By kernel, arithmetic ("half" is bf16 and fp16) and family of chips; None: every family without its own list.
@@ -69,16 +73,22 @@ _CANDIDATES: dict[tuple[str, str, int | None], tuple[TileConfig, ...]] = {
     ("backward", "half", 80): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "ieee", None): _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
+    ("split-forward", "half", None): _tiles((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), parts=2),
+    ("split-forward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
+    ("split-forward", "ieee", None): _tiles((64, 64, 16, 4, 2), (64, 32, 16, 8, 3)),
+    ("split-backward", "half", None): _tiles((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), parts=2),
+    ("split-backward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
+    ("split-backward", "ieee", None): _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
     ("weight", "half", None): _tiles((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
     ("weight", "half", 80): _tiles((64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
     ("weight", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
     ("weight", "ieee", None): _tiles((64, 64, 16, 4, 2)),
 }
-KERNELS = ("forward", "backward", "weight")
+KERNELS = ("forward", "backward", "weight", "split-forward", "split-backward")
 ARITHMETICS = ("half", "tf32", "ieee")
 
 # Operand tiles of the prologue at most: x and skip; g, y and the skip's gradient; grad_y.
-_PROLOGUE_TILES = {"forward": 2, "backward": 3, "weight": 1}
+_PROLOGUE_TILES = {"forward": 2, "backward": 3, "weight": 1, "split-forward": 1, "split-backward": 1}
 
 
 def family(capability: int) -> int:
@@ -207,16 +217,21 @@ def weight_config(grad_y: Tensor, x: Tensor, dtype: torch.dtype) -> TileConfig:
     return choose("weight", arithmetic_of(dtype), place(x), grad_y.shape[1], x.shape[1], x.shape[0])
 
 
+def split_config(kernel: str, dtype: torch.dtype, x: Tensor, m: int, n: int, k: int) -> TileConfig:
+    """Tiles of a product of :mod:`.split_layer`, ``[m, k]`` by ``[k, n]``."""
+    return choose(kernel, arithmetic_of(dtype), place(x), m, n, k)
+
+
 def policy(dtype: torch.dtype) -> tuple[Any, ...]:
     """What choices depend on besides shape, dtype and device."""
     return (arithmetic_of(dtype), *tile_table.state())
 
 
-STRATEGIES = ("fused", "two-pass", "plain")
+STRATEGIES = ("fused", "two-pass", "split", "plain")
 
 
 def strategy(dtype: torch.dtype, rows: int, width: int, device: torch.device | None = None) -> str:
-    """``"fused"``, ``"two-pass"`` or ``"plain"``, for the layers of a stack of this width with products in ``dtype``.
+    """One of :data:`STRATEGIES`, for the layers of a stack of this width with products in ``dtype``.
 
     By a table where one has the shape on this device, else by arithmetic (above): never two passes.
     """

@@ -40,6 +40,7 @@ from .layer_backward import layer_backward
 from .layer_forward import layer_forward
 from .norm_activation import norm_activation
 from .plain_layer import plain_layer_backward, plain_layer_forward, plain_weight_gradient
+from .split_layer import split_layer_backward, split_layer_forward
 from .weight_gradient import weight_gradient
 
 
@@ -66,11 +67,15 @@ class Kept(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The three passes of a layer, by a strategy."""
+    """The three passes of a layer, by a strategy.
+
+    ``leaves_h``: the backward pass can leave the layer's operand, so that the weight gradient need not recompute it.
+    """
 
     forward: Callable[..., tuple[Tensor, Moments | None]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     weight: Callable[..., Tensor]
+    leaves_h: bool = False
 
 
 def _two_pass_forward(*args: Any, moments: bool, **kwargs: Any) -> tuple[Tensor, Moments | None]:
@@ -82,6 +87,7 @@ def _two_pass_forward(*args: Any, moments: bool, **kwargs: Any) -> tuple[Tensor,
 LAYERS = {
     "fused": Layer(layer_forward, layer_backward, weight_gradient),
     "two-pass": Layer(_two_pass_forward, layer_backward, weight_gradient),
+    "split": Layer(split_layer_forward, split_layer_backward, plain_weight_gradient, leaves_h=True),
     "plain": Layer(plain_layer_forward, plain_layer_backward, plain_weight_gradient),
 }
 

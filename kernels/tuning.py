@@ -19,6 +19,7 @@ from . import configurations, launch, tile_table
 from .configurations import TileConfig
 from .layer_backward import layer_backward
 from .layer_forward import layer_forward
+from .split_layer import split_layer_backward, split_layer_forward
 from .tile_table import Chip, Choice
 from .weight_gradient import weight_gradient
 
@@ -71,6 +72,16 @@ def _workload(
         out, coefficients, scales = torch.empty_like(x), norm(k)[:4], norm(n)
         return lambda config: layer_backward(
             g, weight, y=y, norm_grad=coefficients, x=x, norm=scales, out=out, config=config, **act
+        )
+    if kernel == "split-forward":
+        h, weight, residual, bias = draw(m, k), draw(n, k), draw(m, n), draw(n)
+        out = torch.empty_like(residual)
+        return lambda config: split_layer_forward(h, weight, bias, residual=residual, out=out, config=config)
+    if kernel == "split-backward":
+        grad_y, weight, x = draw(m, k), draw(k, n), draw(m, n)
+        out, operand, scales = torch.empty_like(x), torch.empty_like(x), norm(n)
+        return lambda config: split_layer_backward(
+            grad_y, weight, x=x, norm=scales, out=out, h=operand, config=config, **act
         )
     grad_y, x, total = draw(k, m), draw(k, n), torch.empty((m, n), device=device)
     scales = norm(n)
@@ -135,8 +146,10 @@ def tune_strategy(
     def run(strategy: str) -> None:
         layer = LAYERS[strategy]
         layer.forward(x, weight, bias, norm=norm, residual=residual, out=out, moments=True, **act)
-        _, grad_y, _ = layer.backward(g, weight, y=residual, norm_grad=norm[:4], x=x, norm=norm, **act)
-        layer.weight(grad_y, x, norm=norm, dtype=dtype, out=total, **act)
+        h = {"h": torch.empty_like(x)} if layer.leaves_h else {}
+        _, grad_y, _ = layer.backward(g, weight, y=residual, norm_grad=norm[:4], x=x, norm=norm, **h, **act)
+        source = {"x": h["h"]} if h else {"x": x, "norm": norm}
+        layer.weight(grad_y, **source, dtype=dtype, out=total, **act)
 
     with launch.paused(), torch.no_grad():
         best = str(fastest(configurations.STRATEGIES, run, timer))

@@ -91,7 +91,7 @@ def options_for(
     return StackOptions(layers, order, activation, slope, batch_stats, torch.float32)
 
 
-@pytest.mark.parametrize("mode", ["fused", "plain"])
+@pytest.mark.parametrize("mode", ["fused", "split", "plain"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_training_matches_the_reference(order: str, layers: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_the_result_does_not_depend_on_keeping(order: str) -> None:
     assert nothing.inner.numel() == nothing.stream.numel() == 0
 
 
-@pytest.mark.parametrize("mode", ["fused", "plain"])
+@pytest.mark.parametrize("mode", ["fused", "split", "plain"])
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_a_wide_stream_beside_narrow_products(order: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 rows and fp16 products, as under autocast: a few of fp16's roundings away from fp64."""
