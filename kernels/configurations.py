@@ -102,10 +102,11 @@ def family(capability: int) -> int:
 def shared_memory_bound(kernel: str, arithmetic: str, config: TileConfig) -> int:
     """Bytes of shared memory that ``config`` takes at most: the tiles of every stage, and some for reductions.
 
-    Rows may be fp32 whatever the product is in; a weight has the product's dtype.
+    Rows may be fp32 whatever the product is in, but not those of a split layer; a weight has the product's dtype.
     """
-    other = 2 if arithmetic == "half" and kernel != "weight" else 4
-    bytes_a_step = _PROLOGUE_TILES[kernel] * config.block_m * 4 + config.block_n * other
+    product = 2 if arithmetic == "half" else 4
+    rows, weight = (4, product if kernel != "weight" else 4) if not kernel.startswith("split") else (product, product)
+    bytes_a_step = _PROLOGUE_TILES[kernel] * config.block_m * rows + config.block_n * weight
     return config.num_stages * config.block_k * bytes_a_step + 2048
 
 
