@@ -163,7 +163,7 @@ def compile_case(case: Case) -> Resources:
     elif case.kernel == "split-forward":
         kernel = _split_forward_kernel
         arguments |= {"h_ptr": narrow, "residual_ptr": stream if pre else None, "y_ptr": stream if pre else narrow}
-        arguments |= {"tile_mean_ptr": columns, "tile_m2_ptr": columns}
+        arguments |= {"tile_mean_ptr": columns, "tile_m2_ptr": columns, "next_ptr": None}
     elif case.kernel == "split-backward":
         kernel = _split_backward_kernel
         arguments |= {"grad_y_ptr": narrow, "residual_ptr": None if pre else stream, "h_ptr": narrow if pre else None}

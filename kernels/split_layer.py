@@ -13,9 +13,10 @@ tile_sums               [2, tiles, in]      fp32       stored per row tile (back
 Tensor cores take both operands from shared memory at full rate only when they come there untouched; a prologue between
 load and product costs more than the pass that it saves (``docs/notes/performance.md``). An epilogue costs next to
 nothing, as long as its registers do not meet a whole tile's: it runs on ``PARTS`` column parts of the accumulator, one
-after another.
+after another. Where the next norm is known beforehand (running statistics) the epilogue applies it, too, and no pass is
+left: :func:`split_layer_onward`.
 
-The functions take and return what :mod:`.layer_forward` and :mod:`.layer_backward` do.
+The other functions take and return what :mod:`.layer_forward` and :mod:`.layer_backward` do.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _part_forward(
-    product, column, first, rows, row_mask, tile, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr, M, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    product, column, first, rows, row_mask, tile, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr, norm_ptr,
+    skip_ptr, next_ptr, M, N, slope, dtype, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     columns = column + tl.arange(0, BLOCK_N)
     column_mask = columns < N
@@ -73,13 +74,19 @@ def _part_forward(
     offsets = first * N + rows[:, None] * N + columns[None, :]
     if residual_ptr is not None:
         product += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = product.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offsets, y, mask=mask)
+    y = product.to(dtype)
+    if y_ptr is not None:
+        tl.store(y_ptr + offsets, y, mask=mask)
     if tile_mean_ptr is not None:
         count = tl.minimum(M - first, BLOCK_M).to(tl.float32)
         mean, m2 = tile_moments(y.to(tl.float32), row_mask, count)
         tl.store(tile_mean_ptr + tile * N + columns, mean, mask=column_mask)
         tl.store(tile_m2_ptr + tile * N + columns, m2, mask=column_mask)
+    if next_ptr is not None:
+        a = normalise(y.to(tl.float32), norm_ptr, columns, column_mask, N)
+        if skip_ptr is not None:
+            a += tl.load(skip_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(next_ptr + offsets, activate(a, ACTIVATION, slope).to(next_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -113,25 +120,26 @@ def _part_backward(
 
 @triton.jit
 def _end_forward(
-    product, column, first, rows, row_mask, tile, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr, M, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+    product, column, first, rows, row_mask, tile, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr, norm_ptr,
+    skip_ptr, next_ptr, M, N, slope, dtype, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """The epilogue on the whole of ``product`` or, with two PARTS, on its halves."""
     if PARTS == 1:
         _part_forward(
             product, column, first, rows, row_mask, tile, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
-            M, N, BLOCK_M, BLOCK_N,
+            norm_ptr, skip_ptr, next_ptr, M, N, slope, dtype, ACTIVATION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         tl.static_assert(PARTS == 2, "1, 2 or 4 parts")
         left, right = _halves(product, BLOCK_M, BLOCK_N)
         _part_forward(
             left, column, first, rows, row_mask, tile, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
-            M, N, BLOCK_M, BLOCK_N // 2,
+            norm_ptr, skip_ptr, next_ptr, M, N, slope, dtype, ACTIVATION, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _part_forward(
             right, column + BLOCK_N // 2, first, rows, row_mask, tile, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr,
-            tile_m2_ptr, M, N, BLOCK_M, BLOCK_N // 2,
+            tile_m2_ptr, norm_ptr, skip_ptr, next_ptr, M, N, slope, dtype, ACTIVATION, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
 
 
@@ -167,12 +175,17 @@ def _split_forward_kernel(
     weight_ptr,  # [N, K]
     bias_ptr,  # [N] or None
     residual_ptr,  # [M, N] or None
-    y_ptr,  # [M, N]
+    y_ptr,  # [M, N], or None: y, rounded to the weight's dtype, is only for what comes next
     tile_mean_ptr,  # [tiles, N] fp32, or None: no moments
     tile_m2_ptr,  # [tiles, N] fp32, or None
+    norm_ptr,  # [5, N] fp32: of y, or None with next
+    skip_ptr,  # [M, N] or None
+    next_ptr,  # [M, N], or None: where activation(norm(y) + skip) goes
     M,
     N,
     K,
+    slope,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -189,20 +202,21 @@ def _split_forward_kernel(
     product = _product(
         h_ptr, weight_ptr, first, rows, row_mask, columns, columns < N, K, 1, K, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
     )
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty if y_ptr is None else y_ptr.dtype.element_ty
     if PARTS == 4:
         left, right = _halves(product, BLOCK_M, BLOCK_N)
         _end_forward(
             left, column, first, rows, row_mask, tile_m, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
-            M, N, BLOCK_M, BLOCK_N // 2, 2,
+            norm_ptr, skip_ptr, next_ptr, M, N, slope, dtype, ACTIVATION, BLOCK_M, BLOCK_N // 2, 2,
         )  # fmt: skip
         _end_forward(
             right, column + BLOCK_N // 2, first, rows, row_mask, tile_m, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr,
-            tile_m2_ptr, M, N, BLOCK_M, BLOCK_N // 2, 2,
+            tile_m2_ptr, norm_ptr, skip_ptr, next_ptr, M, N, slope, dtype, ACTIVATION, BLOCK_M, BLOCK_N // 2, 2,
         )  # fmt: skip
     else:
         _end_forward(
             product, column, first, rows, row_mask, tile_m, bias_ptr, residual_ptr, y_ptr, tile_mean_ptr, tile_m2_ptr,
-            M, N, BLOCK_M, BLOCK_N, PARTS,
+            norm_ptr, skip_ptr, next_ptr, M, N, slope, dtype, ACTIVATION, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
 
 
@@ -289,20 +303,72 @@ def split_layer_forward(
             x, norm, skip=skip, activation=activation, negative_slope=negative_slope, dtype=weight.dtype, out=h
         )
     operand = in_dtype(operand, weight.dtype)
-    rows, (width, inner) = x.shape[0], weight.shape
+    y = weight.new_empty((x.shape[0], weight.shape[0])) if out is None else out
+    return y, _forward(operand, weight, bias, residual, y, moments=moments, config=config)
+
+
+def split_layer_onward(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    norm: Tensor | None = None,
+    skip: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    onward: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> None:
+    """A layer whose output's norm is known beforehand: ``onward = activation(norm(y) + skip)``, the next one's operand.
+
+    Parameters
+    ----------
+    h : [rows, in] contiguous, of the weight's dtype
+    weight, bias, residual
+        As in :func:`split_layer_forward`.
+    y : [rows, out], optional
+        Where to write ``h @ weight.T + bias + residual``, if it is wanted.
+    norm : fp32 [5, out], optional
+    skip : [rows, out], optional
+    onward : [rows, out], optional
+        With ``norm``; at least one of ``y`` and ``onward`` is given.
+    """
+    _forward(
+        h, weight, bias, residual, y, norm=norm, skip=skip, onward=onward, moments=False, config=config,
+        activation=activation, negative_slope=negative_slope,
+    )  # fmt: skip
+
+
+def _forward(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    *,
+    moments: bool,
+    config: TileConfig | None,
+    norm: Tensor | None = None,
+    skip: Tensor | None = None,
+    onward: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+) -> Moments | None:
+    rows, (width, inner) = h.shape[0], weight.shape
     if config is None:
-        config = split_config("split-forward", weight.dtype, x, rows, width, inner)
+        config = split_config("split-forward", weight.dtype, h, rows, width, inner)
     tiles = triton.cdiv(rows, config.block_m)
-    y = weight.new_empty((rows, width)) if out is None else out
-    tile_mean = x.new_empty((tiles, width), dtype=torch.float32) if moments else None
+    tile_mean = h.new_empty((tiles, width), dtype=torch.float32) if moments else None
     tile_m2 = None if tile_mean is None else torch.empty_like(tile_mean)
     launch(
         _split_forward_kernel, (tiles * triton.cdiv(width, config.block_n),),
-        operand, weight, bias, residual, y, tile_mean, tile_m2, rows, width, inner,
-        PRECISION=input_precision(weight.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        GROUP_M=config.group_m, PARTS=config.parts, options=config.options,
+        h, weight, bias, residual, y, tile_mean, tile_m2, norm, skip, onward, rows, width, inner, negative_slope,
+        ACTIVATION=activation, PRECISION=input_precision(weight.dtype), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k, GROUP_M=config.group_m, PARTS=config.parts, options=config.options,
     )  # fmt: skip
-    return y, None if tile_mean is None or tile_m2 is None else (tile_mean, tile_m2, config.block_m)
+    return None if tile_mean is None or tile_m2 is None else (tile_mean, tile_m2, config.block_m)
 
 
 def split_layer_backward(
