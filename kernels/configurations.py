@@ -231,23 +231,26 @@ def policy(dtype: torch.dtype) -> tuple[Any, ...]:
 STRATEGIES = ("fused", "two-pass", "split", "plain")
 
 
-def strategy(dtype: torch.dtype, rows: int, width: int, device: torch.device | None = None) -> str:
+def strategy(dtype: torch.dtype, rows: int, width: int, device: torch.device | None = None, kind: str = "layer") -> str:
     """One of :data:`STRATEGIES`, for the layers of a stack of this width with products in ``dtype``.
 
-    By a table where one has the shape on this device, else by arithmetic (above): never two passes.
+    ``kind`` is ``"layer"``, with statistics of the batch, or ``"eval"``, with running ones. By a table where one has
+    the shape on this device, else by arithmetic (above): never two passes.
     """
-    return _strategy(arithmetic_of(dtype), rows, width, device, tile_table.state())
+    return _strategy(kind, arithmetic_of(dtype), rows, width, device, tile_table.state())
 
 
 @functools.lru_cache(maxsize=4096)
-def _strategy(arithmetic: str, rows: int, width: int, device: torch.device | None, state: tuple[str, int]) -> str:
+def _strategy(
+    kind: str, arithmetic: str, rows: int, width: int, device: torch.device | None, state: tuple[str, int]
+) -> str:
     mode = state[0]
     if device is not None and device.type == "cuda" and mode != "deterministic":
-        found = tile_table.lookup(tile_table.chip_of(device), tile_table.key("layer", arithmetic, rows, width))
+        found = tile_table.lookup(tile_table.chip_of(device), tile_table.key(kind, arithmetic, rows, width))
         if found is None and mode == "tune" and not torch.cuda.is_current_stream_capturing():
             from . import tuning
 
-            found = tuning.tune_strategy(arithmetic, device, rows, width)
+            found = tuning.tune_strategy(kind, arithmetic, device, rows, width)
         if found in STRATEGIES:
             return str(found)
     limit = FUSED_WIDTH_IEEE if arithmetic == "ieee" else FUSED_WIDTH

@@ -215,7 +215,8 @@ def on_device(device: torch.device) -> Any:
 
 
 def choice(options: StackOptions, x: Tensor) -> tuple[str, tuple[Any, ...]]:
-    strategy = configurations.strategy(options.dtype, x.shape[0], x.shape[1], x.device)
+    kind = "layer" if options.batch_stats else "eval"
+    strategy = configurations.strategy(options.dtype, x.shape[0], x.shape[1], x.device, kind)
     return strategy, configurations.policy(options.dtype)
 
 
