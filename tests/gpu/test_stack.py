@@ -164,6 +164,7 @@ def test_every_strategy(
     for order in ORDERS:
         module = make(257, 2, order=order, activation="silu").to(cuda)
         assert_within_bound(module, torch.randn(999, 257, device=cuda).requires_grad_())
+        assert_within_bound(module.eval(), torch.randn(999, 257, device=cuda).requires_grad_())
 
 
 @pytest.mark.parametrize("number", range(4))
