@@ -16,6 +16,7 @@ from .norm_activation import norm_activation_backward, norm_backward
 from .residual_stack import (
     Kept,
     Key,
+    Layer,
     StackOptions,
     aligned,
     cast_weights,
@@ -205,6 +206,12 @@ def _column_sums(out: Tensor, grad: Tensor) -> None:
     torch.sum(grad, 0, dtype=torch.float32, out=out)
 
 
+def _operand(layer: Layer, raw: Tensor, i: int, key: Key) -> dict[str, Tensor]:
+    """Where the backward pass of layer ``i`` is to leave the layer's operand, if it can and somebody wants it."""
+    wanted = layer.leaves_h and key.need_weights[i]
+    return {"h": torch.empty_like(raw, dtype=key.options.dtype)} if wanted else {}
+
+
 def _backward_pre(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients,
     weight_gradients: _WeightGradients, key: Key,
@@ -224,11 +231,12 @@ def _backward_pre(
     first_bias = torch.empty_like(out.biases[0])  # where merge_gradients has no layer before to write to
     for i in reversed(range(depth)):
         raw, norm = raws[i], kept.norms[i]
+        h = _operand(layer, raw, i, key)
         d, grad_y, tile_sums = layer.backward(
             g, weights[i], y=y, norm_grad=norm_grad, skip_grad=skip_grad, x=raw, norm=norm,
-            **(weight_gradients.place(i) if i + 1 < depth else {}), **act,
+            **(weight_gradients.place(i) if i + 1 < depth else {}), **h, **act,
         )  # fmt: skip
-        weight_gradients.add(i, grad_y, raw, norm)
+        weight_gradients.add(i, grad_y, *((h["h"], None) if h else (raw, norm)))
         if (i + 1) % layers == 0:
             unit_grad, unit_sum = grad_y, out.biases[i]
         starts_unit = i % layers == 0
@@ -263,8 +271,12 @@ def _backward_post(
         )  # fmt: skip
         before = {"x": kept.inner[i - 1], "norm": kept.norms[i - 1]} if i else {}
         place = weight_gradients.place(i)
+        h: dict[str, Tensor] = {}
         if i % layers:
-            d, grad_y, tile_sums = layer.backward(d, weights[i], y=y, norm_grad=norm_grad, **before, **place, **act)
+            h = _operand(layer, kept.inner[i - 1], i, key)
+            d, grad_y, tile_sums = layer.backward(
+                d, weights[i], y=y, norm_grad=norm_grad, **before, **place, **h, **act
+            )
         elif i > 0:
             d, grad_y, tile_sums = layer.backward(
                 d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, skip=inputs[i // layers - 1], dtype=key.x,
@@ -278,5 +290,7 @@ def _backward_post(
         else:
             assert isinstance(norm_grad, Tensor)
             grad_y = norm_backward(d, y, norm_grad, out=place.get("grad_y"))
-        source = (inputs[i // layers], None) if i % layers == 0 else (kept.inner[i - 1], kept.norms[i - 1])
+        source: tuple[Tensor, Tensor | None] = (inputs[i // layers], None)
+        if i % layers:
+            source = (h["h"], None) if h else (kept.inner[i - 1], kept.norms[i - 1])
         weight_gradients.add(i, grad_y, *source)
