@@ -27,13 +27,14 @@ def compile_losses(capability: int) -> dict[str, Resources]:
     loss: dict[str, Any] = {"divisor": "fp32", "LIKELIHOOD": "bernoulli"}
     loss |= {"x_hat_ptr": "*bf16", "grad_x_hat_ptr": "*bf16"}
     for features in FEATURES:
-        block_m, block_n, block_l = reconstruction_kld.tiles(features, LATENT)
-        known = {**loss, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_L": block_l}
+        config = reconstruction_kld.loss_walk(65536, features)
+        kld_m, kld_n = reconstruction_kld.kld_tile(LATENT)
+        known = {**loss, **config.constants, "WHOLE": features <= config.block_n, "KLD_M": kld_m, "KLD_N": kld_n}
         if features % 8:
             known |= dict.fromkeys(("N", "L", "stride_x", "stride_x_hat", "stride_mu", "stride_logvar"), "i32 odd")
         for name in ("_forward_kernel", "_backward_kernel"):
             kernel = getattr(reconstruction_kld, name)
-            found[f"loss{name}, {features}"] = _compile(kernel, known, capability, reconstruction_kld.NUM_WARPS)
+            found[f"loss{name}, {features}"] = _compile(kernel, known, capability, config.num_warps)
     block_m, block_l = reparameterise.tiles(LATENT)
     known = {"seed_ptr": "*i64", "L": "i32 odd", "BLOCK_M": block_m, "BLOCK_L": block_l}
     for name in ("_forward_kernel", "_backward_kernel"):

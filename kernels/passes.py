@@ -1,0 +1,78 @@
+"""How the passes that move whole ``[rows, features]`` tensors walk over them: tiles, steps, programs.
+
+A program has ``tile_rows`` rows and ``block_n`` columns, and takes them ``block_m`` rows at a time. What decides:
+
+* A multiprocessor must have 32 to 40 KB of loads under way to keep HBM3e busy: every thread loads one to four times 16
+  bytes of each tensor a step, and with ``stages`` > 1 the compiler keeps that many steps less one on their way to
+  shared memory by asynchronous copies.
+* ``block_n`` covers a row or, of wide ones, half a KB and more, so that a step reads contiguous memory.
+* Passes with column sums keep them in the registers of the thread that has the column, over all steps: the sum across
+  threads, which goes through shared memory, comes once a tile, and there are few tiles to merge.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from torch import Tensor
+
+#: Programs that a pass should have at least before its tiles grow: a few for each multiprocessor of a large chip.
+PROGRAMS = 1024
+
+
+class Walk(NamedTuple):
+    """Rows of a tile, rows and columns of a step, warps, stages (1: plain loads)."""
+
+    tile_rows: int
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    stages: int = 1
+
+    def grid(self, rows: int, features: int) -> tuple[int, int]:
+        """Tiles of rows, strips of columns."""
+        return -(-rows // self.tile_rows), -(-features // self.block_n)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        return {
+            "TILE_ROWS": self.tile_rows, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages
+        }  # fmt: skip
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is told besides."""
+        return {"num_warps": self.num_warps}
+
+
+#: By pass: elements of a step that a thread has (of 2 bytes; of wider ones half), most columns of a step, most steps.
+_SHAPES: dict[str, tuple[int, int, int]] = {
+    "norm_activation": (32, 512, 1),
+    "norm_activation_backward": (16, 512, 32),
+    "norm_backward": (16, 512, 1),
+    "column_moments": (16, 512, 32),
+}
+PASSES = tuple(_SHAPES)
+
+
+def widest(*tensors: Tensor | None) -> int:
+    """Bytes of an element of the widest of these."""
+    return max(t.element_size() for t in tensors if t is not None)
+
+
+@functools.lru_cache(maxsize=4096)
+def walk(name: str, rows: int, features: int, element_size: int = 2) -> Walk:
+    """How the pass ``name`` goes over ``[rows, features]``."""
+    elements, widest_step, most_steps = _SHAPES[name]
+    if element_size > 2:
+        elements //= 2
+    warps = 4
+    block_n = min(max(1 << (features - 1).bit_length(), 16), widest_step)
+    block_m = max(1, elements * 32 * warps // block_n)
+    strips = -(-features // block_n)
+    steps = 1
+    while 2 * steps <= most_steps and -(-rows // (2 * steps * block_m)) * strips >= PROGRAMS:
+        steps *= 2
+    return Walk(steps * block_m, block_m, block_n, warps)
