@@ -27,7 +27,8 @@ from earlier import reconstruction_kld as old_loss
 from torch import Tensor
 
 from rvae_fast import reference
-from rvae_fast.kernels import batch_norm, norm_activation, passes, reconstruction_kld
+from rvae_fast.kernels import batch_norm, decoder_error, norm_activation, passes, plain_layer, reconstruction_kld
+from rvae_fast.kernels.configurations import TileConfig
 from rvae_fast.kernels.passes import Walk
 
 DEVICE = "cuda"
@@ -56,6 +57,13 @@ LOSS = (
     Walk(16, 1, 1024, 4, 4), Walk(16, 1, 1024, 4, 6), Walk(16, 4, 1024, 4, 3), Walk(32, 4, 1024, 4, 3),
     Walk(32, 4, 1024, 8, 3), Walk(64, 4, 1024, 8, 3), Walk(64, 8, 1024, 8, 3), Walk(64, 2, 1024, 4, 3),
 )  # fmt: skip
+#: Rows, inner width and features of the last layer with its error; its tiles, and whether x is loaded early.
+LAST = (65536, 512, 2048)
+LAST_TILES = (
+    (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
+    (64, 256, 64, 8, 3), (64, 256, 64, 4, 3), (64, 128, 64, 4, 4), (128, 128, 128, 8, 2), (128, 128, 32, 4, 4),
+)  # fmt: skip
+AT_ONCE = (2048, 4096, 8192, 16384, 65536)
 PASSES = ("norm_activation", "norm_activation_backward", "norm_backward + skip", "column_moments", "moments + residual")
 
 
@@ -192,6 +200,31 @@ class Loss:
         return ", ".join(wrong)
 
 
+class LastLayer:
+    """The last layer with its error."""
+
+    def __init__(self, rows: int) -> None:
+        torch.manual_seed(rows)
+        _, inner, features = LAST
+        self.h, self.x = (torch.randn(rows, n, device=DEVICE).bfloat16() for n in (inner, features))
+        self.weight = (torch.randn(features, inner, device=DEVICE) / inner**0.5).bfloat16()
+        self.bias = torch.randn(features, device=DEVICE).bfloat16()
+        self.inputs = (self.h, self.weight, self.bias, self.x, None, "squared", "sum")
+
+    def own(self, tile: tuple[int, ...] | None = None, early: bool = False) -> Tensor:
+        config = None if tile is None else TileConfig(*tile)
+        return decoder_error.decoder_error(*self.inputs, config=config, early=early)
+
+    def by_product(self, at_once: int) -> Tensor:
+        return decoder_error.product_error(*self.inputs, rows_at_once=at_once)
+
+    def wrong(self, error: Tensor) -> float:
+        """Largest relative error."""
+        tensors = [t.double() for t in (self.h, self.weight, self.bias, self.x)]
+        exact = reference.decoder_error(*tensors)
+        return float(((error.double() - exact) / exact).abs().max())
+
+
 def seconds(function: Callable[[], Any], launches: int = 9, replays: int = 5) -> float:
     """Median seconds of a call."""
     for _ in range(2):
@@ -259,6 +292,11 @@ def compile_share(share: int, of: int) -> None:
         jobs.append(functools.partial(loss.run, backward, None, True))
         for likelihood in ("bernoulli", "absolute"):
             jobs.append(functools.partial(loss.run, backward, None, False, likelihood))
+    last = LastLayer(2048)
+    for tile in LAST_TILES:
+        for early in (False, True):
+            jobs.append(functools.partial(last.own, tile, early))
+    jobs.append(functools.partial(last.by_product, 2048))
     for job in jobs[share::of]:
         try:
             job()
@@ -363,6 +401,52 @@ def time_loss(report: Report, late: Callable[[], bool]) -> None:
         report.add(f"bernoulli {'backward' if backward else 'forward'}", loss.bytes(backward), {"own": bernoulli})
 
 
+def time_last_layer(report: Report, late: Callable[[], bool]) -> None:
+    small = LastLayer(4096)
+    wrong = {"own": small.wrong(small.own()), "early": small.wrong(small.own(LAST_TILES[0], True))}
+    wrong["product"] = small.wrong(small.by_product(2048))
+    report.record["last layer, relative error"] = wrong
+    print("last layer, relative error: " + ", ".join(f"{k} {v:.1e}" for k, v in wrong.items()), flush=True)
+    last = LastLayer(LAST[0])
+    times: dict[str, float | str] = {"own": timed(last.own)}
+    for rows in AT_ONCE:
+        times[f"product of {rows}"] = timed(lambda rows=rows: last.by_product(rows))
+    for early in (False, True):
+        for tile in LAST_TILES:
+            if late():
+                break
+            text = "/".join(str(v) for v in tile) + (" early" if early else "")
+            times[text] = timed(lambda tile=tile, early=early: last.own(tile, early))
+    rows, inner, features = LAST
+    report.add("last layer", 2 * (rows * inner + inner * features + rows * features) + 4 * rows, times, show=9)
+    whole = torch.empty(rows, features, device=DEVICE, dtype=torch.bfloat16)
+    product = timed(lambda: torch.addmm(last.bias, last.h, last.weight.t(), out=whole))
+    report.add("its product alone", 2 * whole.numel(), {"cublas": product})
+
+
+def time_weight_gradient(report: Report) -> None:
+    """The library's product written in half precision and copied, or in fp32 at once."""
+    for rows, width in SHAPES[:4]:
+        work = Work(rows, width)
+        total = torch.empty(width, width, device=DEVICE)
+        half = torch.empty_like(total, dtype=torch.bfloat16)
+
+        def before(work: Work = work, half: Tensor = half, total: Tensor = total) -> None:
+            torch.mm(work.g.t(), work.x, out=half)
+            total.copy_(half)
+
+        times = {
+            "product and copy": timed(before),
+            "plain_weight_gradient": timed(
+                lambda work=work, total=total: plain_layer.plain_weight_gradient(work.g, work.x, out=total)
+            ),
+        }
+        exact = work.g.float().t() @ work.x.float()
+        found = plain_layer.plain_weight_gradient(work.g, work.x)
+        off = float((found - exact).abs().max() / exact.abs().max())
+        report.add(f"weight gradient {rows}x{width} off {off:.1e}", 4 * rows * width, times)
+
+
 def time_host(report: Report) -> None:
     """Where the time of the host goes in an eager call of the loss."""
     from rvae_fast.ops.reconstruction_kld import reconstruction_kld as function
@@ -439,7 +523,8 @@ def main() -> int:
 
     parts: list[Callable[[], None]] = [
         lambda: time_passes(report, SHAPES[0], late), lambda: time_loss(report, late), values,
-        lambda: time_host(report), *(lambda s=s: time_passes(report, s, late) for s in SHAPES[1:]),
+        lambda: time_host(report), lambda: time_last_layer(report, late), lambda: time_weight_gradient(report),
+        *(lambda s=s: time_passes(report, s, late) for s in SHAPES[1:]),
     ]  # fmt: skip
     for part in parts:
         try:

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from .batch_norm import Moments, column_moments
-from .launch import call
+from .launch import call, place
 from .norm_activation import norm_activation, norm_activation_backward, norm_backward
+
+#: Whether torch can write a half-precision product in fp32, as the tensor cores have it (CUDA, from 2.8).
+_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype_out")
 
 
 def _linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -35,6 +38,10 @@ def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _product_of_transposed(out: Tensor, a: Tensor, b: Tensor) -> None:
     torch.mm(a.t(), b, out=out)
+
+
+def _wide_product_of_transposed(out: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.ops.aten.mm.dtype_out(a.t(), b, out.dtype, out=out)
 
 
 def _sum(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -128,11 +135,14 @@ def plain_weight_gradient(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As :func:`.weight_gradient.weight_gradient`, but rounded to the product's dtype on the way."""
+    """As :func:`.weight_gradient.weight_gradient`; where torch cannot write fp32, rounded to the product's dtype."""
     dtype = x.dtype if dtype is None else dtype
     if norm is not None:
         x = norm_activation(x, norm, activation=activation, negative_slope=negative_slope, dtype=dtype)
     total = x.new_empty((grad_y.shape[1], x.shape[1]), dtype=torch.float32) if out is None else out
+    if dtype != torch.float32 and _WIDE_PRODUCTS and place(total).type == "cuda":
+        call(_wide_product_of_transposed, total, _in_dtype(grad_y, dtype), _in_dtype(x, dtype))
+        return total
     product = total if dtype == torch.float32 else torch.empty_like(total, dtype=dtype)
     call(_product_of_transposed, product, _in_dtype(grad_y, dtype), _in_dtype(x, dtype))
     if product is not total:

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementary import exp, log1p_unit
+from .launch import quick_launch
 from .passes import PROGRAMS, Walk
 
 #: Elements of one tile: 16 a thread of a long row, two loads of 16 bytes from each bf16 operand; 8 of short rows and of
@@ -332,6 +333,40 @@ def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
+def _launch_forward(
+    x: Tensor,
+    x_hat: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    feature_weight: Tensor | None,
+    likelihood: str,
+    reduction: str,
+    error: Tensor,
+    kld: Tensor | None,
+    config: Walk | None,
+) -> None:
+    rows, features = x.shape
+    x, x_hat, mu, logvar = (_by_rows(t) for t in (x, x_hat, mu, logvar))  # type: ignore[assignment]
+    latent = 0 if mu is None else mu.shape[1]
+    config = loss_walk(rows, features) if config is None else config
+    kld_m, kld_n = kld_tile(latent)
+    programs = triton.cdiv(rows, config.tile_rows) + (triton.cdiv(rows, kld_m) if latent else 0)
+    weight = None if feature_weight is None else feature_weight.contiguous()
+    quick_launch(
+        _forward_kernel, (programs,), x, x_hat, mu, logvar, weight, error, kld, rows, features, latent, _stride(x),
+        _stride(x_hat), _stride(mu), _stride(logvar), float(features) if reduction == "mean" else 1.0,
+        LIKELIHOOD=likelihood, WHOLE=features <= config.block_n, **config.constants, KLD_M=kld_m, KLD_N=kld_n,
+        options=config.options,
+    )  # fmt: skip
+
+
+def errors(
+    x: Tensor, x_hat: Tensor, feature_weight: Tensor | None, likelihood: str, reduction: str, out: Tensor
+) -> None:
+    """The error alone, of rows > 0, into ``out``, fp32 [rows]."""
+    _launch_forward(x, x_hat, None, None, feature_weight, likelihood, reduction, out, None, None)
+
+
 def forward(
     x: Tensor,
     x_hat: Tensor,
@@ -343,25 +378,14 @@ def forward(
     config: Walk | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`rvae_fast.reference.reconstruction_kld` for fp32, bf16 and fp16 tensors: error and kld, fp32 [rows]."""
-    rows, features = x.shape
+    rows = x.shape[0]
     # Not two rows of one tensor: compiled graphs rely on an op's results beginning at multiples of 16 bytes.
     error, kld = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
     if mu is None:
         kld.zero_()
     if not rows:
         return error, kld
-    x, x_hat, mu, logvar = (_by_rows(t) for t in (x, x_hat, mu, logvar))  # type: ignore[assignment]
-    latent = 0 if mu is None else mu.shape[1]
-    config = loss_walk(rows, features) if config is None else config
-    kld_m, kld_n = kld_tile(latent)
-    programs = triton.cdiv(rows, config.tile_rows) + (triton.cdiv(rows, kld_m) if latent else 0)
-    _forward_kernel[(programs,)](
-        x, x_hat, mu, logvar, None if feature_weight is None else feature_weight.contiguous(), error, kld,
-        rows, features, latent, _stride(x), _stride(x_hat), _stride(mu), _stride(logvar),
-        float(features) if reduction == "mean" else 1.0,
-        LIKELIHOOD=likelihood, WHOLE=features <= config.block_n, **config.constants, KLD_M=kld_m, KLD_N=kld_n,
-        num_warps=config.num_warps,
-    )  # fmt: skip
+    _launch_forward(x, x_hat, mu, logvar, feature_weight, likelihood, reduction, error, kld, config)
     return error, kld
 
 
@@ -396,11 +420,11 @@ def backward(
         kld_m, kld_n = kld_tile(latent)
         tiles, strips = config.grid(rows, features)
         programs = (tiles * strips if any(by_error) else 0) + (triton.cdiv(rows, kld_m) if any(by_kld) else 0)
-        _backward_kernel[(programs,)](
-            grad_error if any(by_error) else None, grad_kld if any(by_kld) else None, x, x_hat, mu, logvar, weight,
-            *grads, rows, features, latent, _stride(grad_error), _stride(grad_kld), _stride(x), _stride(x_hat),
-            _stride(mu), _stride(logvar), divisor,
-            LIKELIHOOD=likelihood, **config.constants, KLD_M=kld_m, KLD_N=kld_n, num_warps=config.num_warps,
+        quick_launch(
+            _backward_kernel, (programs,), grad_error if any(by_error) else None, grad_kld if any(by_kld) else None,
+            x, x_hat, mu, logvar, weight, *grads, rows, features, latent, _stride(grad_error), _stride(grad_kld),
+            _stride(x), _stride(x_hat), _stride(mu), _stride(logvar), divisor,
+            LIKELIHOOD=likelihood, **config.constants, KLD_M=kld_m, KLD_N=kld_n, options=config.options,
         )  # fmt: skip
     results = [grad for grad in grads if grad is not None]
     if needs[4] and grad_error is not None and feature_weight is not None:
