@@ -265,7 +265,9 @@ def column_moments(
         Rows of each tile but the last.
     """
     rows, features = x.shape
-    config = walk("column_moments", rows, features, widest(x, residual, y)) if config is None else config
+    if config is None:
+        name = "column_moments" if residual is None else "moments + residual"
+        config = walk(name, rows, features, widest(x, residual, y))
     grid = config.grid(rows, features)
     tile_mean, tile_m2 = (x.new_empty((grid[0], features), dtype=torch.float32) for _ in range(2))
     launch(

@@ -71,7 +71,8 @@ def _norm_activation_backward_kernel(
     x_ptr,  # [M, N]
     norm_ptr,  # [5, N] fp32
     skip_ptr,  # [M, N] or None
-    d_ptr,  # [M, N]
+    d_ptr,  # [M, N], or None: only its sums, of d in grad's dtype
+    h_ptr,  # [M, N] or None: the activation's result, for who needs it again
     tile_sums_ptr,  # [2, tiles, N] fp32
     M,
     N,
@@ -104,10 +105,18 @@ def _norm_activation_backward_kernel(
         centred = x.to(tl.float32) - mean[None, :]
         a = centred * scale[None, :] + shift[None, :] + skip
         d = activate_backward(grad.to(tl.float32), a, ACTIVATION, slope)
-        d = tl.where(row_mask[:, None], d, 0.0).to(d_ptr.dtype.element_ty)
-        tl.store(d_ptr + base + offsets, d, mask=mask)
-        sum_d += d.to(tl.float32)
-        sum_dx += d.to(tl.float32) * centred
+        d = tl.where(row_mask[:, None], d, 0.0)
+        if d_ptr is None:
+            d = d.to(grad_ptr.dtype.element_ty).to(tl.float32)
+        else:
+            stored = d.to(d_ptr.dtype.element_ty)
+            tl.store(d_ptr + base + offsets, stored, mask=mask)
+            d = stored.to(tl.float32)
+        if h_ptr is not None:
+            h = activate(a, ACTIVATION, slope)
+            tl.store(h_ptr + base + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
+        sum_d += d
+        sum_dx += d * centred
     rstd = tl.load(norm_ptr + N + columns, mask=column_mask, other=0.0)
     sums = tl.program_id(0) * N + columns
     tl.store(tile_sums_ptr + sums, tl.sum(sum_d, axis=0), mask=column_mask)
@@ -116,13 +125,16 @@ def _norm_activation_backward_kernel(
 
 @triton.jit
 def _norm_backward_kernel(
-    d_ptr,  # [M, N]
+    d_ptr,  # [M, N]; with norm the gradient of the activation's result
     x_ptr,  # [M, N]
     norm_grad_ptr,  # [4, N] fp32
+    norm_ptr,  # [5, N] fp32 or None
     skip_grad_ptr,  # [M, N] or None
     grad_x_ptr,  # [M, N]
     M,
     N,
+    slope,
+    ACTIVATION: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -136,6 +148,8 @@ def _norm_backward_kernel(
     scale = tl.load(norm_grad_ptr + N + columns, mask=column_mask, other=0.0)
     b = tl.load(norm_grad_ptr + 2 * N + columns, mask=column_mask, other=0.0)
     c = tl.load(norm_grad_ptr + 3 * N + columns, mask=column_mask, other=0.0)
+    if norm_ptr is not None:
+        shift = tl.load(norm_ptr + 4 * N + columns, mask=column_mask, other=0.0)
     for step in tl.range(0, TILE_ROWS, BLOCK_M, num_stages=STAGES):
         first = tl.program_id(0).to(tl.int64) * TILE_ROWS + step
         base = first * N
@@ -147,6 +161,9 @@ def _norm_backward_kernel(
             skip = tl.load(skip_grad_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
             skip = skip.to(tl.float32)
         centred = x.to(tl.float32) - mean[None, :]
+        if norm_ptr is not None:  # d again, as it went into the sums
+            a = centred * scale[None, :] + shift[None, :]
+            d = activate_backward(d.to(tl.float32), a, ACTIVATION, slope).to(d_ptr.dtype.element_ty)
         grad_x = scale[None, :] * d.to(tl.float32) - b[None, :] - centred * c[None, :] + skip
         tl.store(grad_x_ptr + base + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
@@ -193,10 +210,34 @@ def norm_activation_backward(
     grid = config.grid(*x.shape)
     tile_sums = x.new_empty((2, grid[0], x.shape[1]), dtype=torch.float32)
     launch(
-        _norm_activation_backward_kernel, grid, grad, x, norm, skip, d, tile_sums, *x.shape, negative_slope,
+        _norm_activation_backward_kernel, grid, grad, x, norm, skip, d, None, tile_sums, *x.shape, negative_slope,
         ACTIVATION=activation, **config.constants, options=config.options,
     )  # fmt: skip
     return d, tile_sums
+
+
+def activation_sums(
+    grad: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    *,
+    h: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    config: Walk | None = None,
+) -> Tensor:
+    """The ``tile_sums`` of :func:`norm_activation_backward` without its d, which :func:`norm_backward` can work out.
+
+    ``h`` becomes the activation's result, as :func:`norm_activation` gives it.
+    """
+    config = walk("norm_activation_backward", *x.shape, widest(grad, x, h)) if config is None else config
+    grid = config.grid(*x.shape)
+    tile_sums = x.new_empty((2, grid[0], x.shape[1]), dtype=torch.float32)
+    launch(
+        _norm_activation_backward_kernel, grid, grad, x, norm, None, None, h, tile_sums, *x.shape, negative_slope,
+        ACTIVATION=activation, **config.constants, options=config.options,
+    )  # fmt: skip
+    return tile_sums
 
 
 def norm_backward(
@@ -205,15 +246,22 @@ def norm_backward(
     norm_grad: Tensor,
     *,
     skip_grad: Tensor | None = None,
+    norm: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
     out: Tensor | None = None,
     config: Walk | None = None,
 ) -> Tensor:
     """BatchNorm's input gradient ``scale * d - b - (x - mean) * c``, plus the gradient that came over the skip, in x's
-    dtype."""
+    dtype.
+
+    With ``norm`` (of the same BatchNorm), ``d`` is the gradient of the activation's result instead, and goes through
+    its derivative first.
+    """
     grad_x = torch.empty_like(x) if out is None else out
     config = walk("norm_backward", *x.shape, widest(d, x, skip_grad, grad_x)) if config is None else config
     launch(
-        _norm_backward_kernel, config.grid(*x.shape), d, x, norm_grad, skip_grad, grad_x, *x.shape,
-        **config.constants, options=config.options,
+        _norm_backward_kernel, config.grid(*x.shape), d, x, norm_grad, norm, skip_grad, grad_x, *x.shape,
+        negative_slope, ACTIVATION=activation, **config.constants, options=config.options,
     )  # fmt: skip
     return grad_x

@@ -47,12 +47,23 @@ class Walk(NamedTuple):
         return {"num_warps": self.num_warps}
 
 
-#: By pass: elements of a step that a thread has (of 2 bytes; of wider ones half), most columns of a step, most steps.
-_SHAPES: dict[str, tuple[int, int, int]] = {
-    "norm_activation": (32, 512, 1),
-    "norm_activation_backward": (16, 512, 32),
-    "norm_backward": (16, 512, 1),
-    "column_moments": (16, 512, 32),
+class _Step(NamedTuple):
+    """Elements of a step that a thread has (of 2 bytes; of wider ones half), its columns at most, warps, stages, and
+    steps of a tile at most."""
+
+    elements: int
+    columns: int
+    num_warps: int
+    stages: int
+    steps: int
+
+
+_SHAPES = {
+    "norm_activation": _Step(32, 512, 4, 1, 1),
+    "norm_activation_backward": _Step(8, 512, 4, 4, 64),
+    "norm_backward": _Step(16, 512, 4, 1, 1),
+    "column_moments": _Step(16, 512, 4, 1, 64),
+    "moments + residual": _Step(8, 512, 4, 4, 64),
 }
 PASSES = tuple(_SHAPES)
 
@@ -65,14 +76,12 @@ def widest(*tensors: Tensor | None) -> int:
 @functools.lru_cache(maxsize=4096)
 def walk(name: str, rows: int, features: int, element_size: int = 2) -> Walk:
     """How the pass ``name`` goes over ``[rows, features]``."""
-    elements, widest_step, most_steps = _SHAPES[name]
-    if element_size > 2:
-        elements //= 2
-    warps = 4
-    block_n = min(max(1 << (features - 1).bit_length(), 16), widest_step)
-    block_m = max(1, elements * 32 * warps // block_n)
+    step = _SHAPES[name]
+    elements = step.elements if element_size <= 2 else step.elements // 2
+    block_n = min(max(1 << (features - 1).bit_length(), 16), step.columns)
+    block_m = max(1, elements * 32 * step.num_warps // block_n)
     strips = -(-features // block_n)
     steps = 1
-    while 2 * steps <= most_steps and -(-rows // (2 * steps * block_m)) * strips >= PROGRAMS:
+    while 2 * steps <= step.steps and -(-rows // (2 * steps * block_m)) * strips >= PROGRAMS:
         steps *= 2
-    return Walk(steps * block_m, block_m, block_n, warps)
+    return Walk(steps * block_m, block_m, block_n, step.num_warps, step.stages if steps > 1 else 1)

@@ -48,7 +48,8 @@ def _sum(out: Tensor, a: Tensor, b: Tensor) -> None:
     torch.add(a, b, out=out)
 
 
-def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x itself, or a copy in ``dtype``."""
     if x.dtype == dtype:
         return x
     cast = torch.empty_like(x, dtype=dtype)
@@ -76,7 +77,7 @@ def plain_layer_forward(
         operand = norm_activation(
             x, norm, skip=skip, activation=activation, negative_slope=negative_slope, dtype=weight.dtype, out=h
         )
-    operand = _in_dtype(operand, weight.dtype)
+    operand = in_dtype(operand, weight.dtype)
     y = weight.new_empty((x.shape[0], weight.shape[0])) if out is None else out
     product = y if y.dtype == weight.dtype else torch.empty_like(y, dtype=weight.dtype)
     call(_linear, product, operand, weight, bias)
@@ -87,6 +88,13 @@ def plain_layer_forward(
     elif product is not y:
         call(Tensor.copy_, y, product)
     return y, column_moments(y) if moments else None
+
+
+def plain_input_gradient(grad_y: Tensor, weight: Tensor) -> Tensor:
+    """``grad_y @ weight`` in the weight's dtype."""
+    product = weight.new_empty((grad_y.shape[0], weight.shape[1]))
+    call(_product, product, in_dtype(grad_y, weight.dtype), weight)
+    return product
 
 
 def plain_layer_backward(
@@ -108,15 +116,14 @@ def plain_layer_backward(
     """As :func:`.layer_backward.layer_backward`."""
     dtype = weight.dtype if dtype is None else dtype
     grad_y = g if y is None or norm_grad is None else norm_backward(g, y, norm_grad, skip_grad=skip_grad)
-    product = weight.new_empty((g.shape[0], weight.shape[1]))
-    call(_product, product, _in_dtype(grad_y, weight.dtype), weight)
+    product = plain_input_gradient(grad_y, weight)
     grad = product
     if residual is not None:
         grad = torch.empty_like(product, dtype=torch.promote_types(product.dtype, residual.dtype))
         call(_sum, grad, product, residual)
     if x is None or norm is None:
         if out is None:
-            return _in_dtype(grad, dtype), grad_y, None
+            return in_dtype(grad, dtype), grad_y, None
         call(Tensor.copy_, out, grad)
         return out, grad_y, None
     d, tile_sums = norm_activation_backward(
@@ -141,10 +148,10 @@ def plain_weight_gradient(
         x = norm_activation(x, norm, activation=activation, negative_slope=negative_slope, dtype=dtype)
     total = x.new_empty((grad_y.shape[1], x.shape[1]), dtype=torch.float32) if out is None else out
     if dtype != torch.float32 and _WIDE_PRODUCTS and place(total).type == "cuda":
-        call(_wide_product_of_transposed, total, _in_dtype(grad_y, dtype), _in_dtype(x, dtype))
+        call(_wide_product_of_transposed, total, in_dtype(grad_y, dtype), in_dtype(x, dtype))
         return total
     product = total if dtype == torch.float32 else torch.empty_like(total, dtype=dtype)
-    call(_product_of_transposed, product, _in_dtype(grad_y, dtype), _in_dtype(x, dtype))
+    call(_product_of_transposed, product, in_dtype(grad_y, dtype), in_dtype(x, dtype))
     if product is not total:
         call(Tensor.copy_, total, product)
     return total

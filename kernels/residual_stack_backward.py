@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .batch_norm import merge_gradients
 from .launch import Tape, call
-from .norm_activation import norm_activation_backward, norm_backward
+from .norm_activation import activation_sums, norm_activation_backward, norm_backward
+from .plain_layer import in_dtype, plain_input_gradient, plain_weight_gradient
 from .residual_stack import (
     Kept,
     Key,
@@ -110,7 +111,9 @@ def _backward_tape(key: Key) -> Tape:
             tape.unbind(tape.input((depth if any(key.need_weights) else 0, *square), torch.float32)),
             *(tape.unbind(tape.input((depth, key.width), torch.float32)) for _ in range(3)),
         )
-        run = _backward_pre if options.order == "pre" else _backward_post
+        run = _backward_post
+        if options.order == "pre":
+            run = _backward_pre_plain if key.strategy == "plain" else _backward_pre
         run(grad, x, cast_weights(tape, weights, key), kept, out, key)
     return tape
 
@@ -119,16 +122,21 @@ def _column_sums(out: Tensor, grad: Tensor) -> None:
     torch.sum(grad, 0, dtype=torch.float32, out=out)
 
 
+def _raws(x: Tensor, kept: _KeptLayers, key: Key) -> list[Tensor]:
+    """The input of each layer of order "pre": x, a unit's output, or a raw output inside a unit."""
+    layers = key.options.layers
+    return [
+        (x if i == 0 else kept.stream[i // layers - 1]) if i % layers == 0 else kept.inner[i - i // layers - 1]
+        for i in range(key.depth)
+    ]
+
+
 def _backward_pre(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: Key
 ) -> None:
     depth, layers = key.depth, key.options.layers
     layer, act = setting(key)
-    # The input of layer i: x, a unit's output, or a raw output inside a unit.
-    raws = [
-        (x if i == 0 else kept.stream[i // layers - 1]) if i % layers == 0 else kept.inner[i - i // layers - 1]
-        for i in range(depth)
-    ]
+    raws = _raws(x, kept, key)
     # g, with y and norm_grad: gradient at the activation of the layer above, whose BatchNorm is still to be passed.
     g, y, norm_grad, skip_grad = grad, None, None, None
     unit_grad = grad
@@ -154,6 +162,42 @@ def _backward_pre(
     assert norm_grad is not None
     if out.x is not None:
         norm_backward(g, y, norm_grad, skip_grad=skip_grad, out=out.x)
+
+
+def _backward_pre_plain(
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: Key
+) -> None:
+    """The same with the library's products, where passes are what costs: 6 tensors a layer read or written, not 8.
+
+    d is not stored between the pass that sums it up and the one that needs the sums: both work it out from the product.
+    The former also writes h, which the weight gradient needs, so that this takes no pass of its own.
+    """
+    depth, layers = key.depth, key.options.layers
+    _, act = setting(key)
+    raws = _raws(x, kept, key)
+    grad_y, unit_grad = grad, grad
+    call(_column_sums, out.biases[depth - 1], grad)
+    first_bias = torch.empty_like(out.biases[0])  # where merge_gradients has no layer before to write to
+    for i in reversed(range(depth)):
+        raw, norm = raws[i], kept.norms[i]
+        if (i + 1) % layers == 0:
+            unit_grad, unit_sum = grad_y, out.biases[i]
+        narrow = in_dtype(grad_y, weights[i].dtype)
+        product = plain_input_gradient(narrow, weights[i])
+        h = torch.empty_like(raw, dtype=key.options.dtype) if key.need_weights[i] else None
+        tile_sums = activation_sums(product, raw, norm, h=h, **act)
+        if h is not None:
+            plain_weight_gradient(narrow, h, dtype=key.options.dtype, out=out.weights[i])
+        starts_unit = i % layers == 0
+        *_, norm_grad = merge_gradients(
+            tile_sums, norm, key.rows, key.options.batch_stats, skip_sum=unit_sum if starts_unit else None,
+            out=(out.norm_weights[i], out.norm_biases[i], out.biases[i - 1] if i else first_bias),
+        )  # fmt: skip
+        if i > 0 or out.x is not None:
+            grad_y = norm_backward(
+                product, raw, norm_grad, skip_grad=unit_grad if starts_unit else None, norm=norm,
+                out=None if i else out.x, **act,
+            )  # fmt: skip
 
 
 def _backward_post(

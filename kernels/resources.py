@@ -160,6 +160,7 @@ def compile_case(case: Case) -> Resources:
 # The kernels without a product: those that walk over whole tensors; the small ones.
 _WALKS = {
     "column_moments": _column_moments_kernel,
+    "moments + residual": _column_moments_kernel,
     "norm_activation": _norm_activation_kernel,
     "norm_activation_backward": _norm_activation_backward_kernel,
     "norm_backward": _norm_backward_kernel,

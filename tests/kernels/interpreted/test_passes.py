@@ -48,9 +48,26 @@ def test_norm_and_activation(shape: tuple[int, int], config: Walk, skip: bool) -
     close(d, exact)
     assert sums.shape == (2, -(-shape[0] // config.tile_rows), shape[1])
     close(sums.sum(1), torch.stack([exact.sum(0), (exact * centred * rstd).sum(0)]), 1e-5)
+    if not skip:
+        again = torch.empty_like(h)
+        only_sums = norm_activation.activation_sums(t["grad"], t["x"], t["norm"], h=again, config=config, **act)
+        assert torch.equal(only_sums, sums)
+        assert torch.equal(again, h)
     grad_x = norm_activation.norm_backward(t["grad"], t["x"], t["norm"][:4], skip_grad=extra, config=config)
     mean, scale, b, c = wide["norm"][:4]
     close(grad_x, scale * wide["grad"] - b - (wide["x"] - mean) * c + (wide["skip"] if skip else 0))
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_norm_backward_works_d_out_again(activation: str, dtype: torch.dtype) -> None:
+    t = make(37, 33)
+    grad, x, skip, norm = t["grad"].to(dtype), t["x"], t["skip"], t["norm"]
+    norm_grad = torch.stack([norm[0], norm[3], norm[1], norm[2]])  # mean and scale are the norm's
+    d, _ = norm_activation.norm_activation_backward(grad, x, norm, activation=activation)
+    expected = norm_activation.norm_backward(d, x, norm_grad, skip_grad=skip)
+    found = norm_activation.norm_backward(grad, x, norm_grad, skip_grad=skip, norm=norm, activation=activation)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["x", "residual"])
