@@ -40,7 +40,7 @@ REDUCED = (
     (4, 512, 4, 1), (8, 512, 8, 1), (8, 256, 4, 1), (2, 512, 4, 4), (4, 512, 4, 3), (4, 512, 8, 4), (4, 256, 4, 4),
     (8, 256, 4, 3), (8, 256, 8, 4), (16, 128, 4, 3), (8, 128, 4, 4), (16, 128, 8, 4), (1, 1024, 4, 4), (2, 1024, 8, 4),
 )  # fmt: skip
-REDUCED_ROWS = (32, 64, 128, 256)
+REDUCED_ROWS = (32, 64, 128)
 #: The same of those without, with tiles of one step or more.
 POINTWISE = (
     (8, 512, 4, 1), (4, 512, 4, 1), (2, 512, 4, 1), (8, 512, 8, 1), (16, 256, 4, 1), (8, 256, 4, 1), (4, 1024, 4, 1),
@@ -64,12 +64,23 @@ LAST_TILES = (
     (64, 256, 64, 8, 3), (64, 256, 64, 4, 3), (64, 128, 64, 4, 4), (128, 128, 128, 8, 2), (128, 128, 32, 4, 4),
 )  # fmt: skip
 AT_ONCE = (2048, 4096, 8192, 16384, 65536)
-PASSES = ("norm_activation", "norm_activation_backward", "norm_backward + skip", "column_moments", "moments + residual")
+#: Passes, and how many tensors each reads and writes.
+PASSES = {
+    "norm_activation": 2,
+    "norm_activation_backward": 3,
+    "norm_backward + skip": 4,
+    "column_moments": 1,
+    "moments + residual": 3,
+    "sums and h": 3,
+    "norm_backward from grad": 3,
+}
+NEW = ("sums and h", "norm_backward from grad")
+POINTWISE_PASSES = ("norm_activation", "norm_backward + skip", "norm_backward from grad")
 
 
 def variants(name: str, width: int) -> list[Walk]:
     """The tiles that are tried for a pass."""
-    pointwise = name.startswith(("norm_activation", "norm_backward")) and name != "norm_activation_backward"
+    pointwise = name in POINTWISE_PASSES
     found = []
     for m, n, warps, stages in POINTWISE if pointwise else REDUCED:
         if n > width or (n < 256 and width > 256):
@@ -87,10 +98,10 @@ class Work:
         self.rows, self.width = rows, width
         self.x, self.g, self.skip, self.out = (torch.randn(rows, width, device=DEVICE).bfloat16() for _ in range(4))
         self.norm = torch.rand(5, width, device=DEVICE) + 0.5
+        self.norm_grad = self.norm[[0, 3, 1, 2]]  # mean and scale are the norm's
 
     def bytes(self, name: str) -> int:
-        tensors = {"norm_activation": 2, "norm_activation_backward": 3, "norm_backward + skip": 4, "column_moments": 1}
-        return tensors.get(name, 3) * self.rows * self.width * 2
+        return PASSES[name] * self.rows * self.width * 2
 
     def run(self, name: str, config: Walk | None = None, old: bool = False) -> Any:
         module, moments = (old_norm_activation, old_batch_norm) if old else (norm_activation, batch_norm)
@@ -101,6 +112,12 @@ class Work:
             return module.norm_activation_backward(self.g, self.x, self.norm, **ACT, **extra)
         if name == "norm_backward + skip":
             return module.norm_backward(self.g, self.x, self.norm[:4], skip_grad=self.skip, out=self.out, **extra)
+        if name == "sums and h":
+            return norm_activation.activation_sums(self.g, self.x, self.norm, h=self.out, **ACT, **extra)
+        if name == "norm_backward from grad":
+            return norm_activation.norm_backward(
+                self.g, self.x, self.norm_grad, norm=self.norm, out=self.out, **ACT, **extra
+            )
         if name == "column_moments":
             return moments.column_moments(self.x, **extra)
         return moments.column_moments(self.x, self.skip, self.out, **extra)
@@ -138,6 +155,13 @@ class Work:
             d, sums = found
             close("d", d, exact["d"], 2**-7)
             close("sums", sums.sum(1), exact["sums"], 1e-3)
+        elif name == "sums and h":
+            close("h", self.out, exact["h"], 2**-7)
+            close("sums", found.sum(1), exact["sums"], 1e-3)
+        elif name == "norm_backward from grad":
+            norm, x = self.norm.double(), self.x.double()
+            expected = norm[3] * exact["d"] - norm[1] - (x - norm[0]) * norm[2]
+            close("grad_x", found, expected, 2**-7)
         elif name == "norm_backward + skip":
             close("grad_x", found, exact["grad_x"], 2**-7)
         else:
@@ -282,8 +306,9 @@ def compile_share(share: int, of: int) -> None:
             own = passes.walk(name_of_walk(name), rows, width)
             if (name, own) not in seen:
                 seen.add((name, own))
-                jobs.append(functools.partial(work[min(width, 512)].run, name, own))
-        jobs.append(functools.partial(work[512].run, name, None, True))
+                jobs.append(functools.partial(work[128 if width == 128 else 512].run, name, own))
+        if name not in NEW:
+            jobs.append(functools.partial(work[512].run, name, None, True))
         jobs.append(functools.partial(odd.run, name))
     loss = Loss(2048, 1)
     for backward in (False, True):
@@ -306,7 +331,8 @@ def compile_share(share: int, of: int) -> None:
 
 
 def name_of_walk(name: str) -> str:
-    return {"norm_backward + skip": "norm_backward", "moments + residual": "column_moments"}.get(name, name)
+    found = {"norm_backward + skip": "norm_backward", "norm_backward from grad": "norm_backward"}
+    return {**found, "sums and h": "norm_activation_backward"}.get(name, name)
 
 
 def label(config: Walk | None) -> str:
@@ -369,7 +395,9 @@ def time_passes(report: Report, shape: Sequence[int], late: Callable[[], bool]) 
     rows, width = shape
     work = Work(rows, width)
     for name in PASSES:
-        times: dict[str, float | str] = {"old": timed(lambda name=name: work.run(name, old=True))}
+        times: dict[str, float | str] = {}
+        if name not in NEW:
+            times["old"] = timed(lambda name=name: work.run(name, old=True))
         times["own"] = timed(lambda name=name: work.run(name))
         for config in variants(name, width) if rows > 1024 else []:
             if late():
