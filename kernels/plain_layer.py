@@ -5,7 +5,8 @@ tensor                  shape               dtype      stored or recomputed
 ======================  ==================  =========  ============================================================
 h                       [rows, in]          dot type   written and read in both directions, kept in neither
 y                       [rows, out]         chosen     stored; read once more for the residual and the moments
-grad_y, d               as in ``layer_backward.py``    written; the product between them is a temporary
+grad_y, d               as in ``layer_backward.py``    written; the product between them is a temporary (order "pre"
+                                                       has no d, see ``residual_stack_backward.py``)
 ======================  ==================  =========  ============================================================
 
 The functions take and return what :mod:`.layer_forward`, :mod:`.layer_backward` and :mod:`.weight_gradient` do. Next to
