@@ -3,6 +3,7 @@
 Writes ``results/gpu-<device>.json`` and a table beside it, anew after every measurement, so that whenever it stops,
 what it measured is there. The most important cells come first (``gpu_cells.jobs``). Jobs run in a process of their own:
 one that hangs, crashes or compiles for too long is ended and recorded as such, and the next begins.
+Kernels are counted at the end.
 
 ``--dry-run`` runs everything on the CPU at toy sizes, with stand-ins for graphs and for the code generator: it proves
 the script, and its figures mean nothing.
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ import gpu_table  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 #: Seconds at the end that are kept for writing.
 RESERVE = 2.0
+#: Seconds at the end for counting kernels.
+COUNTING = 30.0
 
 
 # --- the worker: jobs by number, one line of JSON each ---
@@ -44,7 +48,7 @@ RESERVE = 2.0
 
 def _job(number: int, dry_run: bool) -> gpu_cells.Job:
     job = gpu_cells.jobs()[number]
-    return gpu_cells.Job(gpu_cells.shrink(job.cell), job.variant) if dry_run else job
+    return replace(job, cell=gpu_cells.shrink(job.cell)) if dry_run else job
 
 
 def work(numbers: list[int], dry_run: bool) -> None:
@@ -58,12 +62,8 @@ def work(numbers: list[int], dry_run: bool) -> None:
     for number in numbers:
         job = _job(number, dry_run)
         print(json.dumps({"start": number}), file=out, flush=True)
-
-        def report(result: dict[str, Any], final: bool = False, number: int = number) -> None:
-            message = {"number": number, **result, "name": todo[number].cell.name, "final": final}
-            print(json.dumps(message), file=out, flush=True)
-
-        report(gpu_measure.run_job(job, device, 0.02 if dry_run else gpu_measure.TIMED, report), final=True)
+        result = gpu_measure.run_job(job, device, 0.02 if dry_run else gpu_measure.TIMED)
+        print(json.dumps({"number": number, **result, "name": todo[number].cell.name}), file=out, flush=True)
 
 
 def compile_ahead(processes: int, dry_run: bool) -> int:
@@ -143,14 +143,10 @@ def measure(record: dict[str, Any], numbers: list[int], deadline: float, dry_run
                     current = message["start"]
                     limit = time.monotonic() + todo[current].limit
                     continue
-                if message["number"] in left:
-                    left.remove(message["number"])
-                else:  # it says more than the one before
-                    record["results"].pop()
-                if message.pop("final", True):
-                    current = None
-                    limit = time.monotonic() + 120.0
-                record["results"].append(message)
+                left.remove(message["number"])
+                current = None
+                limit = time.monotonic() + 120.0
+                add(record["results"], message, todo[message["number"]])
                 write()
                 if "error" in message:
                     # A device error stays with its process, and a capture that broke off leaves its stream in place:
@@ -164,15 +160,25 @@ def measure(record: dict[str, Any], numbers: list[int], deadline: float, dry_run
             ended = f"stopped after {todo[current].limit:.0f} s" if current is not None else "no job began"
         if not left:
             break
-        if ended is None or (current is not None and current not in left):
-            continue  # no job has failed but those that have said so, or after its measurement
+        if ended is None:
+            continue  # no job has failed but those that have said so
         failed = left[0] if current is None else current
         job = todo[failed]
         left.remove(failed)
         record["results"].append({"number": failed, "name": job.cell.name, "variant": job.variant, "error": ended})
         write()
-    record["not_run"] = [f"{todo[n].cell.name}: {todo[n].variant}" for n in left]
+    record["not_run"] += [f"{todo[n].cell.name}: {todo[n].variant}" for n in left if not todo[n].counts]
     write()
+
+
+def add(results: list[dict[str, Any]], message: dict[str, Any], job: gpu_cells.Job) -> None:
+    """Add a result; a count goes to the time of the same variant, if that was measured."""
+    if not job.counts:
+        results.append(message)
+        return
+    for result in results:
+        if (result["name"], result["variant"]) == (job.cell.name, job.variant) and "seconds" in result:
+            result["kernels"] = message.get("kernels")
 
 
 def facts(dry_run: bool) -> dict[str, Any]:
@@ -234,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "suite": "gpu", "device": facts_of_device, "budget": options.budget, "dry_run": options.dry_run, "results": [],
-        "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "not_run": [], "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 
     def write() -> None:
@@ -249,7 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     todo = gpu_cells.jobs()
     numbers = [n for n, job in enumerate(todo) if re.search(options.only, f"{job.cell.name}: {job.variant}")]
-    measure(record, numbers, deadline, options.dry_run, write)
+    # Counts last, in processes of their own: a profiler may slow whatever its process launches later.
+    counts = [n for n in numbers if todo[n].counts]
+    until = deadline - min(COUNTING, options.budget / 8) * bool(counts)
+    measure(record, [n for n in numbers if n not in counts], until, options.dry_run, write)
+    measure(record, counts, deadline, options.dry_run, write)
     print(gpu_table.summary(record))
     print(f"wrote {path} and {path.with_suffix('.md').name} in {record['took']:.0f} s")
     return 0 if any("seconds" in r or "roofs" in r for r in record["results"]) else 1

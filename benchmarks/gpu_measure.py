@@ -66,7 +66,7 @@ def _measure(step: Callable[[], Any], device: torch.device, timed: float) -> dic
 
 
 def _kernels(step: Callable[[], Any], device: torch.device) -> int | None:
-    """Kernels of one step, by the profiler."""
+    """Kernels of one step, by the profiler, which may slow every later launch of its process."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -116,44 +116,43 @@ def _host(step: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times)
 
 
-def run_job(
-    job: Job, device: torch.device, timed: float = TIMED, report: Callable[[dict[str, Any]], None] | None = None
-) -> dict[str, Any]:
-    """Measure one job; a plain dictionary, with ``"error"`` where it cannot run.
-
-    ``report`` is given what has been timed before a profiler counts kernels, which may end the process.
-    """
+def run_job(job: Job, device: torch.device, timed: float = TIMED) -> dict[str, Any]:
+    """Measure one job; a plain dictionary, with ``"error"`` where it cannot run."""
     result: dict[str, Any] = {"cell": asdict(job.cell), "name": job.cell.name, "variant": job.variant}
     began = time.perf_counter()
     try:
         torch.compiler.reset()
         if job.cell.workload == "roofs":
             result |= {"roofs": _roofs(job.cell, device, timed)}
+        elif job.counts:
+            step = prepare(job, device).step
+            step()
+            result["kernels"] = _kernels(step, device)
         else:
-            gc.collect()
-            before = 0
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-            ready = prepare(job, device)
-            step = _captured(ready.step, device) if job.variant.endswith(" graph") else ready.step
-            result |= _measure(step, device, timed)
-            if job.cell.workload == "host overhead":
-                result["host_seconds"] = _host(step, device)
-            if device.type == "cuda":
-                result["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-                # What a graph's own pool keeps is not what a backward pass needs.
-                if ready.forward is not None and job.variant in ("rvae_fast", "eager", "compile"):
-                    result["kept_bytes"] = _kept(ready.forward, device)
-            if report is not None:
-                report({**result, "took": time.perf_counter() - began})
-            # Once a profiler has run, it may slow every later launch of its process: the host's share knows none.
-            if job.cell.workload != "host overhead":
-                result["kernels"] = _kernels(step, device)
+            result |= _timed(job, device, timed)
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {str(error)[:300]}"
     result["took"] = time.perf_counter() - began
+    return result
+
+
+def _timed(job: Job, device: torch.device, timed: float) -> dict[str, Any]:
+    gc.collect()
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    ready = prepare(job, device)
+    step = _captured(ready.step, device) if job.variant.endswith(" graph") else ready.step
+    result: dict[str, Any] = _measure(step, device, timed)
+    if job.cell.workload == "host overhead":
+        result["host_seconds"] = _host(step, device)
+    if device.type == "cuda":
+        result["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+        # What a graph's own pool keeps is not what a backward pass needs.
+        if ready.forward is not None and job.variant in ("rvae_fast", "eager", "compile"):
+            result["kept_bytes"] = _kept(ready.forward, device)
     return result
 
 

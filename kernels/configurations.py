@@ -39,7 +39,10 @@ DEFAULT_MULTIPROCESSORS = 132
 
 
 class TileConfig(NamedTuple):
-    """Tile of the product: ``block_m`` x ``block_n`` results in steps of ``block_k`` along the sum."""
+    """Tile of the product: ``block_m`` x ``block_n`` results in steps of ``block_k`` along the sum.
+
+    ``parts`` are the column parts in which the epilogue of a split layer takes its tile (1, 2 or 4).
+    """
 
     block_m: int
     block_n: int
@@ -48,6 +51,7 @@ class TileConfig(NamedTuple):
     num_stages: int
     splits: int = 1
     group_m: int = 8
+    parts: int = 1
 
     @property
     def options(self) -> dict[str, int]:
@@ -55,8 +59,8 @@ class TileConfig(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def _tiles(*configs: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
-    return tuple(TileConfig(*config) for config in configs)
+def _tiles(*configs: tuple[int, int, int, int, int], parts: int = 1) -> tuple[TileConfig, ...]:
+    return tuple(TileConfig(*config, parts=parts) for config in configs)
 
 
 # By kernel, arithmetic ("half" is bf16 and fp16) and family of chips; None: every family without its own list.
@@ -69,16 +73,22 @@ _CANDIDATES: dict[tuple[str, str, int | None], tuple[TileConfig, ...]] = {
     ("backward", "half", 80): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "ieee", None): _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
+    ("split-forward", "half", None): _tiles((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), parts=2),
+    ("split-forward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
+    ("split-forward", "ieee", None): _tiles((64, 64, 16, 4, 2), (64, 32, 16, 8, 3)),
+    ("split-backward", "half", None): _tiles((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), parts=2),
+    ("split-backward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
+    ("split-backward", "ieee", None): _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
     ("weight", "half", None): _tiles((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
     ("weight", "half", 80): _tiles((64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
     ("weight", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
     ("weight", "ieee", None): _tiles((64, 64, 16, 4, 2)),
 }
-KERNELS = ("forward", "backward", "weight")
+KERNELS = ("forward", "backward", "weight", "split-forward", "split-backward")
 ARITHMETICS = ("half", "tf32", "ieee")
 
 # Operand tiles of the prologue at most: x and skip; g, y and the skip's gradient; grad_y.
-_PROLOGUE_TILES = {"forward": 2, "backward": 3, "weight": 1}
+_PROLOGUE_TILES = {"forward": 2, "backward": 3, "weight": 1, "split-forward": 1, "split-backward": 1}
 
 
 def family(capability: int) -> int:
@@ -92,10 +102,11 @@ def family(capability: int) -> int:
 def shared_memory_bound(kernel: str, arithmetic: str, config: TileConfig) -> int:
     """Bytes of shared memory that ``config`` takes at most: the tiles of every stage, and some for reductions.
 
-    Rows may be fp32 whatever the product is in; a weight has the product's dtype.
+    Rows may be fp32 whatever the product is in, but not those of a split layer; a weight has the product's dtype.
     """
-    other = 2 if arithmetic == "half" and kernel != "weight" else 4
-    bytes_a_step = _PROLOGUE_TILES[kernel] * config.block_m * 4 + config.block_n * other
+    product = 2 if arithmetic == "half" else 4
+    rows, weight = (4, product if kernel != "weight" else 4) if not kernel.startswith("split") else (product, product)
+    bytes_a_step = _PROLOGUE_TILES[kernel] * config.block_m * rows + config.block_n * weight
     return config.num_stages * config.block_k * bytes_a_step + 2048
 
 
@@ -207,31 +218,39 @@ def weight_config(grad_y: Tensor, x: Tensor, dtype: torch.dtype) -> TileConfig:
     return choose("weight", arithmetic_of(dtype), place(x), grad_y.shape[1], x.shape[1], x.shape[0])
 
 
+def split_config(kernel: str, dtype: torch.dtype, x: Tensor, m: int, n: int, k: int) -> TileConfig:
+    """Tiles of a product of :mod:`.split_layer`, ``[m, k]`` by ``[k, n]``."""
+    return choose(kernel, arithmetic_of(dtype), place(x), m, n, k)
+
+
 def policy(dtype: torch.dtype) -> tuple[Any, ...]:
     """What choices depend on besides shape, dtype and device."""
     return (arithmetic_of(dtype), *tile_table.state())
 
 
-STRATEGIES = ("fused", "two-pass", "plain")
+STRATEGIES = ("fused", "two-pass", "split", "plain")
 
 
-def strategy(dtype: torch.dtype, rows: int, width: int, device: torch.device | None = None) -> str:
-    """``"fused"``, ``"two-pass"`` or ``"plain"``, for the layers of a stack of this width with products in ``dtype``.
+def strategy(dtype: torch.dtype, rows: int, width: int, device: torch.device | None = None, kind: str = "layer") -> str:
+    """One of :data:`STRATEGIES`, for the layers of a stack of this width with products in ``dtype``.
 
-    By a table where one has the shape on this device, else by arithmetic (above): never two passes.
+    ``kind`` is ``"layer"``, with statistics of the batch, or ``"eval"``, with running ones. By a table where one has
+    the shape on this device, else by arithmetic (above): never two passes.
     """
-    return _strategy(arithmetic_of(dtype), rows, width, device, tile_table.state())
+    return _strategy(kind, arithmetic_of(dtype), rows, width, device, tile_table.state())
 
 
 @functools.lru_cache(maxsize=4096)
-def _strategy(arithmetic: str, rows: int, width: int, device: torch.device | None, state: tuple[str, int]) -> str:
+def _strategy(
+    kind: str, arithmetic: str, rows: int, width: int, device: torch.device | None, state: tuple[str, int]
+) -> str:
     mode = state[0]
     if device is not None and device.type == "cuda" and mode != "deterministic":
-        found = tile_table.lookup(tile_table.chip_of(device), tile_table.key("layer", arithmetic, rows, width))
+        found = tile_table.lookup(tile_table.chip_of(device), tile_table.key(kind, arithmetic, rows, width))
         if found is None and mode == "tune" and not torch.cuda.is_current_stream_capturing():
             from . import tuning
 
-            found = tuning.tune_strategy(arithmetic, device, rows, width)
+            found = tuning.tune_strategy(kind, arithmetic, device, rows, width)
         if found in STRATEGIES:
             return str(found)
     limit = FUSED_WIDTH_IEEE if arithmetic == "ieee" else FUSED_WIDTH

@@ -16,6 +16,7 @@ from .plain_layer import in_dtype, plain_input_gradient, plain_weight_gradient
 from .residual_stack import (
     Kept,
     Key,
+    Layer,
     StackOptions,
     aligned,
     cast_weights,
@@ -131,6 +132,12 @@ def _raws(x: Tensor, kept: _KeptLayers, key: Key) -> list[Tensor]:
     ]
 
 
+def _operand(layer: Layer, raw: Tensor, i: int, key: Key) -> dict[str, Tensor]:
+    """Where the backward pass of layer ``i`` is to leave the layer's operand, if it can and somebody wants it."""
+    wanted = layer.leaves_h and key.need_weights[i]
+    return {"h": torch.empty_like(raw, dtype=key.options.dtype)} if wanted else {}
+
+
 def _backward_pre(
     grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: Key
 ) -> None:
@@ -144,11 +151,13 @@ def _backward_pre(
     first_bias = torch.empty_like(out.biases[0])  # where merge_gradients has no layer before to write to
     for i in reversed(range(depth)):
         raw, norm = raws[i], kept.norms[i]
+        h = _operand(layer, raw, i, key)
         d, grad_y, tile_sums = layer.backward(
-            g, weights[i], y=y, norm_grad=norm_grad, skip_grad=skip_grad, x=raw, norm=norm, **act
+            g, weights[i], y=y, norm_grad=norm_grad, skip_grad=skip_grad, x=raw, norm=norm, **h, **act
         )
         if key.need_weights[i]:
-            layer.weight(grad_y, raw, norm=norm, dtype=key.options.dtype, out=out.weights[i], **act)
+            source = {"x": h["h"]} if h else {"x": raw, "norm": norm}
+            layer.weight(grad_y, **source, dtype=key.options.dtype, out=out.weights[i], **act)
         if (i + 1) % layers == 0:
             unit_grad, unit_sum = grad_y, out.biases[i]
         starts_unit = i % layers == 0
@@ -217,8 +226,10 @@ def _backward_post(
             out=(out.norm_weights[i], out.norm_biases[i], out.biases[i]),
         )  # fmt: skip
         before = {"x": kept.inner[i - 1], "norm": kept.norms[i - 1]} if i else {}
+        h: dict[str, Tensor] = {}
         if i % layers:
-            d, grad_y, tile_sums = layer.backward(d, weights[i], y=y, norm_grad=norm_grad, **before, **act)
+            h = _operand(layer, kept.inner[i - 1], i, key)
+            d, grad_y, tile_sums = layer.backward(d, weights[i], y=y, norm_grad=norm_grad, **before, **h, **act)
         elif i > 0:
             d, grad_y, tile_sums = layer.backward(
                 d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, skip=inputs[i // layers - 1], dtype=key.x,
@@ -232,5 +243,5 @@ def _backward_post(
         else:
             grad_y = norm_backward(d, y, norm_grad)
         if key.need_weights[i]:
-            source = {"x": inputs[i // layers]} if i % layers == 0 else before
+            source = {"x": inputs[i // layers]} if i % layers == 0 else {"x": h["h"]} if h else before
             layer.weight(grad_y, **source, dtype=key.options.dtype, out=out.weights[i], **act)

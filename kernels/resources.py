@@ -34,6 +34,7 @@ from .layer_backward import _layer_backward_kernel
 from .layer_forward import _layer_forward_kernel
 from .norm_activation import _norm_activation_backward_kernel, _norm_activation_kernel, _norm_backward_kernel
 from .passes import walk
+from .split_layer import _split_backward_kernel, _split_forward_kernel
 from .weight_gradient import _sum_splits_kernel, _weight_gradient_kernel
 
 #: Shared memory one block may use, in bytes, by compute capability (CUDA C++ Programming Guide).
@@ -135,7 +136,12 @@ def compile_case(case: Case) -> Resources:
     arguments |= {"slope": "fp32", "norm_ptr": columns, "bias_ptr": columns, "norm_grad_ptr": columns}
     arguments |= {"ACTIVATION": case.activation, "PRECISION": "tf32" if case.arithmetic == "tf32" else "ieee"}
     arguments |= {"BLOCK_M": case.config.block_m, "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k}
-    arguments |= {"GROUP_M": case.config.group_m, "weight_ptr": narrow, "x_ptr": stream if pre else narrow}
+    arguments |= {
+        "GROUP_M": case.config.group_m,
+        "PARTS": case.config.parts,
+        "weight_ptr": narrow,
+        "x_ptr": stream if pre else narrow,
+    }
     arguments |= {"skip_ptr": None if pre else stream, "residual_ptr": None}
     if case.kernel == "forward":
         kernel = _layer_forward_kernel
@@ -147,6 +153,14 @@ def compile_case(case: Case) -> Resources:
         arguments |= {"g_ptr": narrow, "y_ptr": y, "grad_y_ptr": y, "skip_grad_ptr": stream if pre else None}
         arguments |= {"residual_ptr": None if pre else stream, "d_ptr": narrow if pre else stream}
         arguments |= {"tile_sums_ptr": columns}
+    elif case.kernel == "split-forward":
+        kernel = _split_forward_kernel
+        arguments |= {"h_ptr": narrow, "residual_ptr": stream if pre else None, "y_ptr": stream if pre else narrow}
+        arguments |= {"tile_mean_ptr": columns, "tile_m2_ptr": columns, "next_ptr": None}
+    elif case.kernel == "split-backward":
+        kernel = _split_backward_kernel
+        arguments |= {"grad_y_ptr": narrow, "residual_ptr": None if pre else stream, "h_ptr": narrow if pre else None}
+        arguments |= {"d_ptr": narrow if pre else stream, "tile_sums_ptr": columns}
     else:
         kernel = _weight_gradient_kernel
         dot_type = tl.bfloat16 if case.arithmetic == "half" else tl.float32

@@ -28,8 +28,8 @@ FORMAT = 1
 MODES = ("table", "tune", "deterministic")
 MODE_VARIABLE = "RVAE_FAST_TILES"
 FOLDER_VARIABLE = "RVAE_FAST_TUNING"
-#: The shipped tables, by what the chip's name contains.
-_SHIPPED = {"H100": "tiles_h100.json"}
+#: The shipped tables, by what the chip's name contains: the two have the same multiprocessors.
+_SHIPPED = {"H100": "tiles_hopper.json", "H200": "tiles_hopper.json"}
 
 Choice = list[int] | str
 

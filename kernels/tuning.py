@@ -19,6 +19,7 @@ from . import configurations, launch, tile_table
 from .configurations import TileConfig
 from .layer_backward import layer_backward
 from .layer_forward import layer_forward
+from .split_layer import split_layer_backward, split_layer_forward
 from .tile_table import Chip, Choice
 from .weight_gradient import weight_gradient
 
@@ -27,6 +28,8 @@ Timer = Callable[[Callable[[], Any]], float]
 
 #: The shapes of the shipped table.
 ROWS, WIDTHS = (1024, 8192, 65536), (128, 256, 512, 1024, 2048)
+#: A layer forward and backward with statistics of the batch, or forward with running ones.
+KINDS = ("layer", "eval")
 _DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 _SLOPE = 0.01
 
@@ -72,6 +75,16 @@ def _workload(
         return lambda config: layer_backward(
             g, weight, y=y, norm_grad=coefficients, x=x, norm=scales, out=out, config=config, **act
         )
+    if kernel == "split-forward":
+        h, weight, residual, bias = draw(m, k), draw(n, k), draw(m, n), draw(n)
+        out = torch.empty_like(residual)
+        return lambda config: split_layer_forward(h, weight, bias, residual=residual, out=out, config=config)
+    if kernel == "split-backward":
+        grad_y, weight, x = draw(m, k), draw(k, n), draw(m, n)
+        out, operand, scales = torch.empty_like(x), torch.empty_like(x), norm(n)
+        return lambda config: split_layer_backward(
+            grad_y, weight, x=x, norm=scales, out=out, h=operand, config=config, **act
+        )
     grad_y, x, total = draw(k, m), draw(k, n), torch.empty((m, n), device=device)
     scales = norm(n)
     return lambda config: weight_gradient(grad_y, x, norm=scales, dtype=dtype, out=total, config=config, **act)
@@ -104,6 +117,7 @@ def tune(
 
 
 def tune_strategy(
+    kind: str,
     arithmetic: str,
     device: torch.device,
     rows: int,
@@ -112,7 +126,7 @@ def tune_strategy(
     timer: Timer = time_on_gpu,
     chip: Chip | None = None,
 ) -> str:
-    """Measure a layer forward and backward by each strategy; keep and return the quickest."""
+    """Measure a layer of a kind (:data:`KINDS`) by each strategy; keep and return the quickest."""
     from .residual_stack import LAYERS
 
     chip = tile_table.chip_of(device) if chip is None else chip
@@ -134,13 +148,21 @@ def tune_strategy(
 
     def run(strategy: str) -> None:
         layer = LAYERS[strategy]
+        if kind == "eval" and layer.onward is not None:
+            layer.onward(x, weight, bias, residual=residual, y=out, norm=norm, onward=torch.empty_like(x), **act)
+            return
+        if kind == "eval":
+            layer.forward(x, weight, bias, norm=norm, residual=residual, out=out, moments=False, **act)
+            return
         layer.forward(x, weight, bias, norm=norm, residual=residual, out=out, moments=True, **act)
-        _, grad_y, _ = layer.backward(g, weight, y=residual, norm_grad=norm[:4], x=x, norm=norm, **act)
-        layer.weight(grad_y, x, norm=norm, dtype=dtype, out=total, **act)
+        h = {"h": torch.empty_like(x)} if layer.leaves_h else {}
+        _, grad_y, _ = layer.backward(g, weight, y=residual, norm_grad=norm[:4], x=x, norm=norm, **h, **act)
+        source = {"x": h["h"]} if h else {"x": x, "norm": norm}
+        layer.weight(grad_y, **source, dtype=dtype, out=total, **act)
 
     with launch.paused(), torch.no_grad():
         best = str(fastest(configurations.STRATEGIES, run, timer))
-    tile_table.remember(chip, {tile_table.key("layer", arithmetic, rows, width): best})
+    tile_table.remember(chip, {tile_table.key(kind, arithmetic, rows, width): best})
     return best
 
 
@@ -161,7 +183,8 @@ def by_arithmetic(chip: Chip, arithmetics: Sequence[str] = ("half", "tf32")) -> 
         for width in WIDTHS:
             for rows in ROWS:
                 choice: Choice = "fused" if width <= configurations.FUSED_WIDTH else "plain"
-                entries[tile_table.key("layer", arithmetic, rows, width)] = {"choice": choice, "measured": False}
+                for kind in KINDS:
+                    entries[tile_table.key(kind, arithmetic, rows, width)] = {"choice": choice, "measured": False}
                 for kernel in configurations.KERNELS:
                     m, n, k = _shapes(kernel, rows, width)
                     among = configurations.candidates(kernel, arithmetic, chip.capability, chip.shared_memory)
@@ -189,9 +212,10 @@ def by_measurement(
                         name = tile_table.key(kernel, arithmetic, m, n, k)
                         entries[name] = {"choice": list(config), "measured": True}
                     tile_table.forget()
-                    choice = tune_strategy(arithmetic, device, rows, width, timer=timer)
-                    entries[tile_table.key("layer", arithmetic, rows, width)] = {"choice": choice, "measured": True}
-                    print(f"{chip.name}: {arithmetic}, {rows} rows of {width}: {choice}", flush=True)
+                    for kind in KINDS:
+                        choice = tune_strategy(kind, arithmetic, device, rows, width, timer=timer)
+                        entries[tile_table.key(kind, arithmetic, rows, width)] = {"choice": choice, "measured": True}
+                        print(f"{chip.name}: {kind}, {arithmetic}, {rows} rows of {width}: {choice}", flush=True)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     tile_table.forget()
@@ -201,7 +225,7 @@ def by_measurement(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write a table: measured on this machine's GPU or, with ``--by-arithmetic``, an H100's without one."""
     parser = argparse.ArgumentParser(prog="python -m rvae_fast.kernels.tuning", description=main.__doc__)
-    parser.add_argument("out", type=Path, help="the JSON file, such as kernels/tiles_h100.json")
+    parser.add_argument("out", type=Path, help="the JSON file, such as kernels/tiles_hopper.json")
     parser.add_argument("--by-arithmetic", action="store_true", help="measure nothing; needs no GPU")
     options = parser.parse_args(arguments)
     if options.by_arithmetic:

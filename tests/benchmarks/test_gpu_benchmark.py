@@ -79,7 +79,7 @@ def test_what_matters_most_comes_first() -> None:
 
 
 class FakeWorker:
-    """Plays a script of what jobs do: "hang", "crash", "error", "crash after" the measurement, or be measured."""
+    """Plays a script of what jobs do: "hang", "crash", "error", or be measured."""
 
     script: dict[int, Any]
     started: list[list[int]]
@@ -95,11 +95,7 @@ class FakeWorker:
                 self._messages.append(what)
                 break
             measured = {"number": number, "name": "n", "variant": "v", "seconds": 1.0}
-            self._messages.append({**measured, "final": False})
-            if what == "crash after":
-                self._messages.append("crash")
-                break
-            self._messages.append({**measured, **({"error": "x"} if what == "error" else {"kernels": 3})})
+            self._messages.append({**measured, **({"error": "x"} if what == "error" else {})})
 
     def next(self, timeout: float) -> Any:
         message = self._messages.pop(0) if self._messages else None
@@ -120,7 +116,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
 
 
 def run(numbers: list[int], deadline: float = float("inf")) -> dict[str, Any]:
-    record: dict[str, Any] = {"results": []}
+    record: dict[str, Any] = {"results": [], "not_run": []}
     writes = []
     bench_gpu.measure(record, numbers, deadline, True, lambda: writes.append(len(record["results"])))
     assert writes
@@ -146,12 +142,18 @@ def test_after_an_error_another_process_goes_on(fake: type[FakeWorker]) -> None:
     assert fake.started == [[1, 2, 3], [3]]
 
 
-def test_what_was_timed_before_a_crash_stays(fake: type[FakeWorker]) -> None:
-    fake.script = {1: "crash after", 3: "crash after"}
-    record = run([1, 2, 3])
-    assert [(r["number"], r.get("kernels")) for r in record["results"]] == [(1, None), (2, 3), (3, None)]
-    assert not [r for r in record["results"] if "error" in r]
-    assert fake.started == [[1, 2, 3], [2, 3]]
+def test_a_count_goes_to_the_time_of_its_variant() -> None:
+    cell = gpu_cells.KEY[0]
+    times = [{"name": cell.name, "variant": v, "seconds": 1.0} for v in ("rvae_fast", "eager")]
+    results = [dict(t) for t in times]
+    bench_gpu.add(results, {"name": cell.name, "variant": "eager", "kernels": 7}, Job(cell, "eager", counts=True))
+    assert results == [times[0], {**times[1], "kernels": 7}]
+    bench_gpu.add(results, {"name": cell.name, "variant": "compile", "kernels": 7}, Job(cell, "compile", counts=True))
+    assert len(results) == 2
+    todo = gpu_cells.jobs()
+    counted = [job.counts for job in todo]
+    assert counted == sorted(counted), "counts come last"
+    assert {job.cell for job in todo if job.counts} == set(gpu_cells.KEY)
 
 
 def test_compiles_ahead_what_takes_long_and_is_not_chosen_by_timing() -> None:
@@ -265,7 +267,7 @@ def test_compiling_ahead_waits_for_memory(monkeypatch: pytest.MonkeyPatch) -> No
         gpu_measure.compile_job(job, cpu)
 
 
-def test_no_profiler_runs_before_the_hosts_share_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_profiler_runs_where_something_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would slow the launches of whoever is measured next in the process."""
     import torch
 
@@ -279,16 +281,13 @@ def test_no_profiler_runs_before_the_hosts_share_is_taken(monkeypatch: pytest.Mo
     assert host[:2] == [1, 2]
 
 
-def test_what_is_timed_is_reported_before_kernels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_count_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(gpu_measure, "_kernels", lambda *_: len(seen))
-    job = Job(Cell("last layer with error", 8, 4), "eager")
-    result = gpu_measure.run_job(job, torch.device("cpu"), 0.0, seen.append)
-    assert [r["seconds"] for r in seen] == [result["seconds"]]
-    assert "kernels" not in seen[0]
-    assert result["kernels"] == 1
+    monkeypatch.setattr(gpu_measure, "_kernels", lambda *_: 5)
+    monkeypatch.setattr(gpu_measure, "_measure", lambda *_: pytest.fail("a timing"))
+    result = gpu_measure.run_job(Job(Cell("last layer with error", 8, 4), "eager", counts=True), torch.device("cpu"))
+    assert result["kernels"] == 5
 
 
 @pytest.mark.parametrize("workload", ["train", "stage forward", "loss forward"])

@@ -91,7 +91,7 @@ def options_for(
     return StackOptions(layers, order, activation, slope, batch_stats, torch.float32)
 
 
-@pytest.mark.parametrize("mode", ["fused", "plain"])
+@pytest.mark.parametrize("mode", ["fused", "split", "plain"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_training_matches_the_reference(order: str, layers: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +101,12 @@ def test_training_matches_the_reference(order: str, layers: int, mode: str, monk
 
 @pytest.mark.parametrize("batch_stats", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("mode", ["fused", "split"])
 @pytest.mark.parametrize("order", ["pre", "post"])
-def test_either_statistics_with_and_without_parameters(order: str, affine: bool, batch_stats: bool) -> None:
+def test_either_statistics_with_and_without_parameters(
+    order: str, mode: str, affine: bool, batch_stats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configurations, "strategy", lambda *_: mode)
     state = make(12, 4, affine=affine, bias=affine)
     check(torch.randn(19, 12), state, options_for(order, 2, "tanh", batch_stats=batch_stats))
 
@@ -122,9 +126,14 @@ def test_gradients_only_where_wanted(order: str) -> None:
         assert torch.equal(getattr(some, name), getattr(every, name)), name
 
 
+@pytest.mark.parametrize("batch_stats", [True, False])
+@pytest.mark.parametrize("mode", ["fused", "split"])
 @pytest.mark.parametrize("order", ["pre", "post"])
-def test_the_result_does_not_depend_on_keeping(order: str) -> None:
-    options = options_for(order, 2, "elu")
+def test_the_result_does_not_depend_on_keeping(
+    order: str, mode: str, batch_stats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configurations, "strategy", lambda *_: mode)
+    options = options_for(order, 2, "elu", batch_stats=batch_stats)
     state = make(9, 6)
     x = torch.randn(21, 9)
     kept_y, kept = stack_forward(x, *state.values(), EPS, options)
@@ -134,7 +143,7 @@ def test_the_result_does_not_depend_on_keeping(order: str) -> None:
     assert nothing.inner.numel() == nothing.stream.numel() == 0
 
 
-@pytest.mark.parametrize("mode", ["fused", "plain"])
+@pytest.mark.parametrize("mode", ["fused", "split", "plain"])
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_a_wide_stream_beside_narrow_products(order: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 rows and fp16 products, as under autocast: a few of fp16's roundings away from fp64."""
