@@ -12,11 +12,10 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,26 @@ import torch
 
 from rvae_fast.kernels import batch_norm, configurations, norm_activation, tile_table, tuning
 from rvae_fast.kernels.configurations import TileConfig
+from rvae_fast.kernels.tuning import time_on_gpu
 
 #: Rows and widths.
 SHAPES = ((65536, 512), (65536, 128), (1024, 128), (8192, 2048), (8192, 512), (65536, 1024), (1024, 512))
 #: block_m, block_n, warps; and with each of them block_k, stages.
-_SPLIT = (
-    (128, 128, 8), (128, 128, 4), (128, 256, 8), (64, 256, 8), (64, 256, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4),
-    (256, 128, 8),
-)  # fmt: skip
 TILES = {
-    "split-forward": _SPLIT,
-    "split-backward": _SPLIT,
-    "forward": ((64, 128, 4), (64, 64, 4), (64, 32, 4), (32, 64, 4), (16, 128, 4)),
-    "backward": ((64, 64, 4), (64, 32, 4), (16, 128, 4)),
-    "weight": ((128, 128, 4), (128, 128, 8), (64, 64, 4), (128, 64, 4)),
-}
-STEPS = ((64, 3), (64, 4), (64, 2), (32, 4), (32, 3))
+    "forward": (
+        (64, 256, 8), (64, 128, 8), (64, 128, 4), (64, 64, 4), (64, 32, 4), (128, 128, 8), (128, 128, 4), (128, 64, 4),
+        (128, 64, 8), (128, 256, 8), (256, 128, 8), (256, 64, 8), (64, 512, 8), (32, 64, 4), (32, 128, 4), (16, 128, 4),
+    ),
+    "backward": (
+        (64, 256, 8), (64, 128, 8), (64, 128, 4), (64, 64, 4), (64, 32, 4), (128, 128, 8), (128, 64, 4), (128, 64, 8),
+        (128, 256, 8), (256, 64, 8), (32, 64, 4), (32, 128, 4), (16, 128, 4),
+    ),
+    "weight": (
+        (128, 128, 8), (128, 128, 4), (64, 64, 4), (128, 64, 4), (64, 128, 4), (64, 256, 8), (128, 256, 8),
+        (256, 128, 8), (64, 128, 8),
+    ),
+}  # fmt: skip
+STEPS = ((64, 3), (64, 4), (32, 4), (64, 2), (128, 2))
 #: Bytes of shared memory a block may use on sm_90.
 SHARED = 227 * 1024
 
@@ -49,30 +52,8 @@ def options(kernel: str) -> list[TileConfig]:
     found = []
     for (m, n, warps), (k, stages) in itertools.product(TILES[kernel], STEPS):
         if stages * k * (m + n) * 2 <= SHARED:
-            parts = (2, 4) if kernel.startswith("split") and n > 64 else (1,)
-            found += [TileConfig(m, n, k, warps, stages, parts=p) for p in parts]
+            found.append(TileConfig(m, n, k, warps, stages))
     return found
-
-
-def seconds(function: Callable[[], Any], launches: int = 8, replays: int = 5) -> float:
-    """Median seconds of a call."""
-    for _ in range(2):
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            function()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / launches)
-    return statistics.median(times)
 
 
 def compile_share(kernels: Sequence[str], share: int, of: int) -> None:
@@ -99,17 +80,17 @@ def others(rows: int, width: int, device: torch.device) -> dict[str, float]:
     _, sums = norm_activation.norm_activation_backward(g, x, norm, **act)
     small = torch.empty(width, width, device=device, dtype=torch.bfloat16)
     return {
-        "cublas forward": seconds(lambda: torch.addmm(bias, x, weight.t(), out=out)),
-        "cublas backward": seconds(lambda: torch.mm(g, weight, out=out)),
-        "cublas weight": seconds(lambda: torch.mm(g.t(), x, out=small)),
-        "norm_activation": seconds(lambda: norm_activation.norm_activation(x, norm, out=out, **act)),
-        "norm_activation_backward": seconds(lambda: norm_activation.norm_activation_backward(g, x, norm, **act)),
-        "norm_backward": seconds(lambda: norm_activation.norm_backward(g, x, norm[:4], skip_grad=g, out=out)),
-        "column_moments": seconds(lambda: batch_norm.column_moments(x)),
-        "column_moments + residual": seconds(lambda: batch_norm.column_moments(x, g, out)),
-        "merge_moments": seconds(lambda: batch_norm.merge_moments(*moments, rows, bias, bias, 1e-5)),
-        "merge_gradients": seconds(lambda: batch_norm.merge_gradients(sums, norm, rows, True)),
-        "copy": seconds(lambda: out.copy_(x)),
+        "cublas forward": time_on_gpu(lambda: torch.addmm(bias, x, weight.t(), out=out)),
+        "cublas backward": time_on_gpu(lambda: torch.mm(g, weight, out=out)),
+        "cublas weight": time_on_gpu(lambda: torch.mm(g.t(), x, out=small)),
+        "norm_activation": time_on_gpu(lambda: norm_activation.norm_activation(x, norm, out=out, **act)),
+        "norm_activation_backward": time_on_gpu(lambda: norm_activation.norm_activation_backward(g, x, norm, **act)),
+        "norm_backward": time_on_gpu(lambda: norm_activation.norm_backward(g, x, norm[:4], skip_grad=g, out=out)),
+        "column_moments": time_on_gpu(lambda: batch_norm.column_moments(x)),
+        "column_moments + residual": time_on_gpu(lambda: batch_norm.column_moments(x, g, out)),
+        "merge_moments": time_on_gpu(lambda: batch_norm.merge_moments(*moments, rows, bias, bias, 1e-5)),
+        "merge_gradients": time_on_gpu(lambda: batch_norm.merge_gradients(sums, norm, rows, True)),
+        "copy": time_on_gpu(lambda: out.copy_(x)),
     }
 
 
@@ -147,7 +128,7 @@ def main() -> int:
                 if time.monotonic() - began > arguments.seconds:
                     break
                 try:
-                    took = seconds(lambda run=run, config=config: run(config))
+                    took = time_on_gpu(lambda run=run, config=config: run(config))
                 except Exception as error:
                     found["tiles"].append([kernel, list(config), f"{type(error).__name__}: {str(error)[:100]}"])
                     continue

@@ -32,14 +32,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Number, follow, launch
+from .passes import Walk, walk, widest
 
 #: (tile_mean [tiles, features], tile_m2 [tiles, features], rows of each tile but the last)
 Moments = tuple[Tensor, Tensor, int]
 
-#: Rows and columns of one program of the pass of its own that takes moments.
-MOMENTS_BLOCK_M, MOMENTS_BLOCK_N = 128, 64
-#: Tiles and columns of one step of the merge: 8 fp32 columns are one 32-byte sector of memory.
-MERGE_BLOCK_T, MERGE_BLOCK_N = 256, 8
+#: Columns of one program of the merge: 8 in fp32 are one 32-byte sector of memory.
+MERGE_BLOCK_N = 8
 
 
 @triton.jit
@@ -51,6 +50,20 @@ def tile_moments(values, row_mask, count):
 
 
 @triton.jit
+def _sum_of(x_ptr, residual_ptr, y_ptr, at, offsets, mask):
+    """Rows of x, or of y, which becomes x + residual, in fp32."""
+    x = tl.load(x_ptr + at + offsets, mask=mask, other=0.0)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + at + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        y = (x.to(tl.float32) + residual.to(tl.float32)).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + at + offsets, y, mask=mask)
+        value = y.to(tl.float32)
+    else:
+        value = x.to(tl.float32)
+    return value
+
+
+@triton.jit
 def _column_moments_kernel(
     x_ptr,  # [M, N]
     residual_ptr,  # [M, N] or None
@@ -59,28 +72,48 @@ def _column_moments_kernel(
     tile_m2_ptr,  # [tiles, N] fp32
     M,
     N,
+    TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     follow(CHAINED)
+    # Row r of a step and the rows below it, BLOCK_M apart, are one group: a thread has its sums for itself. They are
+    # sums of differences to the group's first row, which is one of its own values, so n of them lose no more digits
+    # than n has. Groups are merged by their means and second moments.
     tile = tl.program_id(0)
-    first = tile.to(tl.int64) * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < M - first
-    mask = row_mask[:, None] & (columns < N)[None, :]
-    offsets = first * N + rows[:, None] * N + columns[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        total = x + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        y = total.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + offsets, y, mask=mask)
-        x = y.to(tl.float32)
-    count = tl.minimum(M - first, BLOCK_M).to(tl.float32)
-    mean, m2 = tile_moments(x, row_mask, count)
-    tl.store(tile_mean_ptr + tile * N + columns, mean, mask=columns < N)
-    tl.store(tile_m2_ptr + tile * N + columns, m2, mask=columns < N)
+    column_mask = columns < N
+    rows = tl.arange(0, BLOCK_M)
+    offsets = rows[:, None] * N + columns[None, :]
+    begin = tile.to(tl.int64) * TILE_ROWS
+    mask = (rows < M - begin)[:, None] & column_mask[None, :]
+    origin = _sum_of(x_ptr, residual_ptr, y_ptr, begin * N, offsets, mask)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in tl.range(BLOCK_M, TILE_ROWS, BLOCK_M, num_stages=STAGES):
+        first = begin + step
+        row_mask = rows < M - first
+        mask = row_mask[:, None] & column_mask[None, :]
+        value = _sum_of(x_ptr, residual_ptr, y_ptr, first * N, offsets, mask)
+        away = tl.where(row_mask[:, None], value - origin, 0.0)
+        total += away
+        squares += away * away
+    count = tl.minimum(M - begin, TILE_ROWS).to(tl.int32)
+    members = tl.maximum((count - rows + BLOCK_M - 1) // BLOCK_M, 0).to(tl.float32)[:, None]
+    shift = total / tl.maximum(members, 1.0)
+    group_m2 = squares - total * shift
+    group_m2 = tl.where(group_m2 < 0.0, 0.0, group_m2)  # a NaN stays
+    # Means from a number in their middle, so that large ones are not rounded before they are compared.
+    middle = tl.sum(tl.where((rows < count)[:, None], origin, 0.0), axis=0) / tl.minimum(count, BLOCK_M).to(tl.float32)
+    group_mean = origin - middle[None, :] + shift
+    drift = tl.sum(group_mean * members, axis=0) / count.to(tl.float32)
+    away = group_mean - drift[None, :]
+    mean = middle + drift
+    m2 = tl.sum(group_m2 + away * away * members, axis=0)
+    tl.store(tile_mean_ptr + tile * N + columns, mean, mask=column_mask)
+    tl.store(tile_m2_ptr + tile * N + columns, m2, mask=column_mask)
 
 
 @triton.jit
@@ -226,7 +259,14 @@ def _merge_gradients_kernel(
         tl.store(norm_grad_ptr + 3 * N + columns, tl.zeros_like(scale), mask=mask)
 
 
-def column_moments(x: Tensor, residual: Tensor | None = None, y: Tensor | None = None) -> Moments:
+def merge_steps(tiles: int) -> tuple[int, int]:
+    """Tiles of one step of a merge, and warps: all of them at once, while a thread has 32 values or fewer."""
+    return (256, 4) if tiles <= 256 else (512, 4) if tiles <= 512 else (1024, 8)
+
+
+def column_moments(
+    x: Tensor, residual: Tensor | None = None, y: Tensor | None = None, *, config: Walk | None = None
+) -> Moments:
     """Per-tile moments of the columns of ``x[rows, features]``, in a pass of its own.
 
     With a ``residual``, ``y`` becomes ``x + residual`` (it may be x itself) and the moments are y's, as rounded.
@@ -238,14 +278,16 @@ def column_moments(x: Tensor, residual: Tensor | None = None, y: Tensor | None =
         Rows of each tile but the last.
     """
     rows, features = x.shape
-    tiles = triton.cdiv(rows, MOMENTS_BLOCK_M)
-    tile_mean, tile_m2 = (x.new_empty((tiles, features), dtype=torch.float32) for _ in range(2))
-    grid = (tiles, triton.cdiv(features, MOMENTS_BLOCK_N))
+    if config is None:
+        name = "column_moments" if residual is None else "moments + residual"
+        config = walk(name, rows, features, widest(x, residual, y))
+    grid = config.grid(rows, features)
+    tile_mean, tile_m2 = (x.new_empty((grid[0], features), dtype=torch.float32) for _ in range(2))
     launch(
-        _column_moments_kernel, grid, x, residual, y, tile_mean, tile_m2, rows, features,
-        BLOCK_M=MOMENTS_BLOCK_M, BLOCK_N=MOMENTS_BLOCK_N, options={"num_warps": 4},
+        _column_moments_kernel, grid, x, residual, y, tile_mean, tile_m2, rows, features, **config.constants,
+        options=config.options,
     )  # fmt: skip
-    return tile_mean, tile_m2, MOMENTS_BLOCK_M
+    return tile_mean, tile_m2, config.tile_rows
 
 
 def merge_moments(
@@ -270,10 +312,11 @@ def merge_moments(
     tiles, features = tile_mean.shape
     norm = tile_mean.new_empty((5, features)) if out is None else out
     running_mean, running_var = running or (None, None)
+    block_t, warps = merge_steps(tiles)
     launch(
         _merge_moments_kernel, (triton.cdiv(features, MERGE_BLOCK_N),), tile_mean, tile_m2, weight, bias,
         running_mean, running_var, norm, rows, features, tiles, eps, momentum,
-        TILE_ROWS=tile_rows, BLOCK_T=MERGE_BLOCK_T, BLOCK_N=MERGE_BLOCK_N, options={"num_warps": 4},
+        TILE_ROWS=tile_rows, BLOCK_T=block_t, BLOCK_N=MERGE_BLOCK_N, options={"num_warps": warps},
     )  # fmt: skip
     return norm
 
@@ -326,9 +369,10 @@ def merge_gradients(
     _, tiles, features = tile_sums.shape
     grad_weight, grad_bias, grad_layer_bias = tile_sums.new_empty((3, features)) if out is None else out
     norm_grad = tile_sums.new_empty((4, features))
+    block_t, warps = merge_steps(tiles)
     launch(
         _merge_gradients_kernel, (triton.cdiv(features, MERGE_BLOCK_N),), tile_sums, norm, grad_weight, grad_bias,
         skip_sum, grad_layer_bias, norm_grad, rows, features, tiles,
-        BATCH_STATS=batch_stats, BLOCK_T=MERGE_BLOCK_T, BLOCK_N=MERGE_BLOCK_N, options={"num_warps": 4},
+        BATCH_STATS=batch_stats, BLOCK_T=block_t, BLOCK_N=MERGE_BLOCK_N, options={"num_warps": warps},
     )  # fmt: skip
     return grad_weight, grad_bias, grad_layer_bias, norm_grad

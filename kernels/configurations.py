@@ -5,17 +5,14 @@ compiles without spilled registers and within its chip's shared memory (``tests/
 that). Among them a table decides where it has the shape (``tile_table.py``), else :func:`heuristic`, which takes the
 first that fills the machine: tiles, and with them the order of every sum, then depend on the shape and the chip alone.
 
-What the lists rest on, by arithmetic (none of it measured yet on a GPU):
+What the choices rest on, measured on an H200 (``docs/notes/performance.md`` has the figures):
 
-* The forward's prologue costs about 7 fp32 instructions an element of its operand for every column tile, the product
-  2 * block_n tensor operations: with block_n = 128 the two take about as long on an H100, so wide column tiles pay.
-* The backward's prologue reads three tiles instead of one; 128 x 128 tiles spill there, 64 x 128 with 8 warps do not.
-* A fused forward saves the traffic of about 4 * rows * width elements. On an H100 (3.0 TB/s, 800 TFLOP/s in bf16) that
-  is 1067 / width of the product's time: at width 1024 a fused product may run at half of cuBLAS's rate and break even,
-  at 2048 it needs two thirds of it, which one with its operand in registers is not sure to reach: ``FUSED_WIDTH``.
-* Column moments in the epilogue cost about 6 fp32 instructions an element, 0.2 ps on an H100 (132 multiprocessors of
-  128 lanes at 1.7 GHz); a pass of their own reads the element again, 0.7 ps in bf16. So the epilogue has them, unless a
-  measurement says "two-pass" (the reductions take registers, and may cost more than their instructions).
+* A prologue between load and product keeps Triton's products from the tensor cores' rate: at 65536 rows of 512 a fused
+  forward takes 202 us with the best of 78 tiles, cuBLAS's product with the passes beside it 135; a fused input gradient
+  374 against 223. So wherever rows and columns fill the chip, layers run by cuBLAS ("plain").
+* A small layer's time is that of its launches: fused, it has one each way, and cuBLAS needs two to four. ``FUSED_ROWS``
+  and ``FUSED_WIDTH`` bound where.
+* Among the fused kernels' tiles 4 warps beat 8, and steps of 32 those of 64, wherever registers are short.
 """
 
 from __future__ import annotations
@@ -30,9 +27,9 @@ from . import tile_table
 from .launch import place
 from .tile_table import Chip, Choice
 
-#: Widest layer that runs fused on tensor cores; wider ones run by the library's product. By arithmetic, see above.
-FUSED_WIDTH = 1024
-#: The same for fp32 products without tensor cores, where the product takes most of the time much earlier.
+#: Rows and width, at most, of a layer that runs fused on tensor cores; others run by the library's product. See above.
+FUSED_ROWS, FUSED_WIDTH = 8192, 256
+#: Widest layer that runs fused without tensor cores, where the product takes most of the time much earlier.
 FUSED_WIDTH_IEEE = 128
 #: Multiprocessors assumed where there is no device to ask (the interpreter).
 DEFAULT_MULTIPROCESSORS = 132
@@ -50,10 +47,7 @@ GROUPED_BYTES, GROUPED_ROWS = 64 << 20, 8192
 
 
 class TileConfig(NamedTuple):
-    """Tile of the product: ``block_m`` x ``block_n`` results in steps of ``block_k`` along the sum.
-
-    ``parts`` are the column parts in which the epilogue of a split layer takes its tile (1, 2 or 4).
-    """
+    """Tile of the product: ``block_m`` x ``block_n`` results in steps of ``block_k`` along the sum."""
 
     block_m: int
     block_n: int
@@ -62,7 +56,6 @@ class TileConfig(NamedTuple):
     num_stages: int
     splits: int = 1
     group_m: int = 8
-    parts: int = 1
 
     @property
     def options(self) -> dict[str, int]:
@@ -70,43 +63,34 @@ class TileConfig(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def _tiles(*configs: tuple[int, int, int, int, int], parts: int = 1) -> tuple[TileConfig, ...]:
-    return tuple(TileConfig(*config, parts=parts) for config in configs)
+def _tiles(*configs: tuple[int, int, int, int, int]) -> tuple[TileConfig, ...]:
+    return tuple(TileConfig(*config) for config in configs)
 
 
 # By kernel, arithmetic ("half" is bf16 and fp16) and family of chips; None: every family without its own list.
 _CANDIDATES: dict[tuple[str, str, int | None], tuple[TileConfig, ...]] = {
-    ("forward", "half", None): _tiles(
-        (64, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4), (32, 64, 128, 4, 2)
-    ),
-    ("forward", "half", 100): _tiles(
-        (64, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 8, 4), (32, 64, 128, 4, 2)
-    ),
+    ("forward", "half", None): _tiles((64, 128, 32, 4, 4), (64, 64, 32, 4, 4), (64, 32, 64, 4, 4)),
+    ("forward", "half", 100): _tiles((64, 128, 32, 4, 4), (64, 64, 32, 4, 4), (64, 32, 64, 8, 4)),
     ("forward", "half", 80): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 8, 3)),
     ("forward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("forward", "ieee", None): _tiles((64, 64, 16, 8, 2), (64, 32, 16, 8, 3)),
-    ("backward", "half", None): _tiles(
-        (64, 128, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (32, 64, 128, 4, 2)
-    ),
+    ("backward", "half", None): _tiles((64, 64, 32, 4, 4), (64, 32, 32, 4, 4)),
     ("backward", "half", 80): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
     ("backward", "ieee", None): _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
-    ("split-forward", "half", None): _tiles((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), parts=2),
-    ("split-forward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
-    ("split-forward", "ieee", None): _tiles((64, 64, 16, 4, 2), (64, 32, 16, 8, 3)),
-    ("split-backward", "half", None): _tiles((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), parts=2),
-    ("split-backward", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
-    ("split-backward", "ieee", None): _tiles((64, 64, 16, 8, 2), (64, 32, 16, 4, 2)),
-    ("weight", "half", None): _tiles((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
+    ("weight", "half", None): _tiles((128, 64, 64, 4, 3), (64, 64, 64, 4, 4)),
     ("weight", "half", 80): _tiles((64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
     ("weight", "tf32", None): _tiles((64, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
     ("weight", "ieee", None): _tiles((64, 64, 16, 4, 2)),
 }
-KERNELS = ("forward", "backward", "weight", "split-forward", "split-backward")
+#: Tile of a layer that merges the statistics it needs and whose sum has one step, in which all of its loads are under
+#: way together; by family of chips, for half precision.
+MERGING = dict.fromkeys((90, 100), TileConfig(32, 64, 128, 4, 2))
+KERNELS = ("forward", "backward", "weight")
 ARITHMETICS = ("half", "tf32", "ieee")
 
 # Operand tiles of the prologue at most: x and skip; g, y and the skip's gradient; grad_y.
-_PROLOGUE_TILES = {"forward": 2, "backward": 3, "weight": 1, "split-forward": 1, "split-backward": 1}
+_PROLOGUE_TILES = {"forward": 2, "backward": 3, "weight": 1}
 
 
 def family(capability: int) -> int:
@@ -120,11 +104,10 @@ def family(capability: int) -> int:
 def shared_memory_bound(kernel: str, arithmetic: str, config: TileConfig) -> int:
     """Bytes of shared memory that ``config`` takes at most: the tiles of every stage, and some for reductions.
 
-    Rows may be fp32 whatever the product is in, but not those of a split layer; a weight has the product's dtype.
+    Rows may be fp32 whatever the product is in; a weight has the product's dtype.
     """
-    product = 2 if arithmetic == "half" else 4
-    rows, weight = (4, product if kernel != "weight" else 4) if not kernel.startswith("split") else (product, product)
-    bytes_a_step = _PROLOGUE_TILES[kernel] * config.block_m * rows + config.block_n * weight
+    other = 2 if arithmetic == "half" and kernel != "weight" else 4
+    bytes_a_step = _PROLOGUE_TILES[kernel] * config.block_m * 4 + config.block_n * other
     # Statistics that a layer merges itself; what the other kernels' operands leave is enough for them.
     merge = DEFERRED_TILES * config.block_k * 4 if kernel == "forward" and arithmetic == "half" else 0
     return config.num_stages * config.block_k * bytes_a_step + merge + 2048
@@ -221,16 +204,26 @@ def _choose(
     return heuristic(kernel, among, chip.multiprocessors, m, n, k)
 
 
-def forward_config(x: Tensor, weight: Tensor, rows: int) -> TileConfig:
-    """Tiles of ``layer_forward`` for ``weight[out, in]``."""
-    out, inner = weight.shape
-    return choose("forward", arithmetic_of(weight.dtype), place(x), rows, out, inner)
+def _merging(arithmetic: str, device: torch.device, rows: int, k: int) -> TileConfig | None:
+    """:data:`MERGING`'s tile, where the sum is that short and the next layer can merge as well."""
+    chip = tile_table.chip_of(device) if device.type == "cuda" else NO_CHIP
+    tile = MERGING.get(family(chip.capability)) if arithmetic == "half" else None
+    fits = tile is not None and k <= tile.block_k and rows <= tile.block_m * DEFERRED_TILES
+    return tile if fits else None
 
 
-def backward_config(g: Tensor, weight: Tensor, rows: int) -> TileConfig:
+def forward_config(x: Tensor, weight: Tensor, rows: int, merges: bool = False) -> TileConfig:
+    """Tiles of ``layer_forward`` for ``weight[out, in]``; ``merges``: it merges statistics itself."""
+    (out, inner), device, arithmetic = weight.shape, place(x), arithmetic_of(weight.dtype)
+    tile = _merging(arithmetic, device, rows, inner) if merges else None
+    return tile or choose("forward", arithmetic, device, rows, out, inner)
+
+
+def backward_config(g: Tensor, weight: Tensor, rows: int, merges: bool = False) -> TileConfig:
     """Tiles of ``layer_backward`` for ``weight[out, in]``."""
-    out, inner = weight.shape
-    return choose("backward", arithmetic_of(weight.dtype), place(g), rows, inner, out)
+    (out, inner), device, arithmetic = weight.shape, place(g), arithmetic_of(weight.dtype)
+    tile = _merging(arithmetic, device, rows, out) if merges else None
+    return tile or choose("backward", arithmetic, device, rows, inner, out)
 
 
 def weight_config(grad_y: Tensor, x: Tensor, dtype: torch.dtype, layers: int = 1) -> TileConfig:
@@ -259,24 +252,19 @@ def grouped_units(strategy: str, rows: int, width: int, unit_bytes: int) -> int:
     return max(1, GROUPED_BYTES // unit_bytes)
 
 
-def split_config(kernel: str, dtype: torch.dtype, x: Tensor, m: int, n: int, k: int) -> TileConfig:
-    """Tiles of a product of :mod:`.split_layer`, ``[m, k]`` by ``[k, n]``."""
-    return choose(kernel, arithmetic_of(dtype), place(x), m, n, k)
-
-
 def policy(dtype: torch.dtype) -> tuple[Any, ...]:
     """What choices depend on besides shape, dtype and device."""
     return (arithmetic_of(dtype), *tile_table.state())
 
 
-STRATEGIES = ("fused", "two-pass", "split", "plain")
+STRATEGIES = ("fused", "two-pass", "plain")
 
 
 def strategy(dtype: torch.dtype, rows: int, width: int, device: torch.device | None = None, kind: str = "layer") -> str:
     """One of :data:`STRATEGIES`, for the layers of a stack of this width with products in ``dtype``.
 
     ``kind`` is ``"layer"``, with statistics of the batch, or ``"eval"``, with running ones. By a table where one has
-    the shape on this device, else by arithmetic (above): never two passes.
+    the shape on this device, else by :func:`default_strategy`.
     """
     return _strategy(kind, arithmetic_of(dtype), rows, width, device, tile_table.state())
 
@@ -294,5 +282,11 @@ def _strategy(
             found = tuning.tune_strategy(kind, arithmetic, device, rows, width)
         if found in STRATEGIES:
             return str(found)
-    limit = FUSED_WIDTH_IEEE if arithmetic == "ieee" else FUSED_WIDTH
-    return "fused" if width <= limit else "plain"
+    return default_strategy(arithmetic, rows, width)
+
+
+def default_strategy(arithmetic: str, rows: int, width: int) -> str:
+    """The strategy of a shape that no table has."""
+    if arithmetic == "ieee":
+        return "fused" if width <= FUSED_WIDTH_IEEE else "plain"
+    return "fused" if width <= FUSED_WIDTH and rows <= FUSED_ROWS else "plain"

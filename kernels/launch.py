@@ -12,7 +12,8 @@ runs (programmatic dependent launch), and waits in :func:`follow` for that one's
 then spent beside work. It lets its own successor be launched only once it has waited, so at most two are under way.
 
 The launchers in the other files call :func:`launch` for kernels and :func:`call` for functions of PyTorch: outside a
-recording both run at once.
+recording both run at once. Kernels that are launched one at a time, and on no tape, go through :func:`quick_launch`,
+which keeps what a call of Triton's would look up anew.
 """
 
 from __future__ import annotations
@@ -89,6 +90,49 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, options: dict[st
         return
     names = kernel.arg_names[len(arguments) :]
     _recording.tape._steps.append(_Step(kernel, grid, (*arguments, *(constants[name] for name in names)), options))
+
+
+#: Compiled kernels with the values they were compiled for; emptied when it is full.
+_quick: dict[Any, Any] = {}
+_QUICK_LIMIT = 4096
+
+
+def quick_launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, options: dict[str, int], **constants: Any
+) -> None:
+    """As ``kernel[grid](*arguments, **constants, **options)`` on the device that is current, for less of the host.
+
+    Triton works a kernel's specialisation out from the arguments at every call. Here the compiled kernel is looked up
+    by the tensors' dtypes and alignment and the values of all else, which are expected to repeat.
+    """
+    if not isinstance(kernel, triton.runtime.JITFunction) or _hooks():
+        kernel[grid](*arguments, **constants, **options)
+        return
+    device = torch.cuda.current_device()
+    addresses = []
+    kinds: list[Any] = [id(kernel), device, options["num_warps"]]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            address = argument.data_ptr()
+            addresses.append(address)
+            kinds += (argument.dtype, address % 16 == 0)
+        else:
+            addresses.append(argument)
+            kinds.append(argument)
+    key = (*kinds, *constants.values())
+    found = _quick.get(key)
+    if found is None:
+        prototypes = (_prototype(a, not isinstance(a, Tensor) or a.data_ptr() % 16 == 0) for a in arguments)
+        compiled = kernel.warmup(*prototypes, grid=grid, **constants, **options)
+        if hasattr(compiled, "result"):  # under Triton's asynchronous compilation
+            compiled = compiled.result()
+        names = kernel.arg_names[len(arguments) :]
+        if len(_quick) >= _QUICK_LIMIT:
+            _quick.clear()
+        found = _quick[key] = (_Compiled(compiled, (1, 1, 1)), tuple(constants[name] for name in names))
+    run, rest = found
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    run.on((*grid, 1, 1)[:3], stream, (*addresses, *rest))
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> None:
@@ -303,6 +347,10 @@ class _Compiled:
     def __call__(self, stream: int, arguments: tuple[Any, ...]) -> None:
         """As ``kernel[grid](*arguments, stream=stream)``, which spends 1.6 us in looking for hooks."""
         self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *arguments)
+
+    def on(self, grid: tuple[int, ...], stream: int, arguments: tuple[Any, ...]) -> None:
+        """The same on another grid."""
+        self._run(*grid, stream, self._function, self._metadata, None, None, None, *arguments)
 
     def observed(self, stream: int, arguments: tuple[Any, ...]) -> None:
         """The same with Triton's hooks."""

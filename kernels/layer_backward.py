@@ -237,7 +237,7 @@ def layer_backward(
     rows, width = g.shape
     inner = weight.shape[1]
     if config is None:
-        config = backward_config(g, weight, rows)
+        config = backward_config(g, weight, rows, isinstance(norm_grad, DeferredGradient))
     tiles = triton.cdiv(rows, config.block_m)
     d = weight.new_empty((rows, inner), dtype=dtype) if out is None else out
     if y is not None and grad_y is None:

@@ -224,7 +224,7 @@ def layer_forward(
     rows, inner = x.shape
     width = weight.shape[0]
     if config is None:
-        config = forward_config(x, weight, rows)
+        config = forward_config(x, weight, rows, isinstance(norm, DeferredNorm))
     tiles = triton.cdiv(rows, config.block_m)
     y = weight.new_empty((rows, width)) if out is None else out
     tile_mean = x.new_empty((tiles, width), dtype=torch.float32) if moments else None

@@ -27,13 +27,16 @@ def compile_losses(capability: int) -> dict[str, Resources]:
     loss: dict[str, Any] = {"divisor": "fp32", "LIKELIHOOD": "bernoulli"}
     loss |= {"x_hat_ptr": "*bf16", "grad_x_hat_ptr": "*bf16"}
     for features in FEATURES:
-        block_m, block_n, block_l = reconstruction_kld.tiles(features, LATENT)
-        known = {**loss, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_L": block_l}
-        if features % 8:
-            known |= dict.fromkeys(("N", "L", "stride_x", "stride_x_hat", "stride_mu", "stride_logvar"), "i32 odd")
-        for name in ("_forward_kernel", "_backward_kernel"):
+        for direction in ("forward", "backward"):
+            steps = reconstruction_kld.loss_walk(65536, features, direction)
+            kld_m, kld_n = reconstruction_kld.kld_tile(LATENT)
+            known: dict[str, Any] = {**loss, **steps.constants, "WHOLE": features <= steps.block_n}
+            known |= {"KLD_M": kld_m, "KLD_N": kld_n}
+            if features % 8:
+                known |= dict.fromkeys(("N", "L", "stride_x", "stride_x_hat", "stride_mu", "stride_logvar"), "i32 odd")
+            name = f"_{direction}_kernel"
             kernel = getattr(reconstruction_kld, name)
-            found[f"loss{name}, {features}"] = _compile(kernel, known, capability, reconstruction_kld.NUM_WARPS)
+            found[f"loss{name}, {features}"] = _compile(kernel, known, capability, steps.num_warps)
     block_m, block_l = reparameterise.tiles(LATENT)
     known = {"seed_ptr": "*i64", "L": "i32 odd", "BLOCK_M": block_m, "BLOCK_L": block_l}
     for name in ("_forward_kernel", "_backward_kernel"):
@@ -48,7 +51,7 @@ def compile_losses(capability: int) -> dict[str, Resources]:
         known = {
             "h_ptr": operand, "weight_ptr": operand, "divisor": "fp32", "LIKELIHOOD": "bernoulli",
             "PRECISION": "tf32" if arithmetic == "tf32" else "ieee", "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m, "EARLY": False,
         }  # fmt: skip
         kernel = decoder_error._decoder_error_kernel
         found[f"decoder_error, {arithmetic}"] = _compile(kernel, known, capability, config.num_warps, config.num_stages)

@@ -14,7 +14,9 @@ grad_x                  [rows, features]    x's        stored: ``scale * d - b -
 ======================  ==================  =========  ============================================================
 
 The three kernels are the prologue of ``layer_forward.py`` and the epilogue and prologue of ``layer_backward.py``, each
-one read of its inputs and one write.
+one read of its inputs and one write. A program has a tile of whole rows (or a strip of wide ones) and walks down it in
+steps of a few rows (``passes.py`` says how many): the columns' coefficients are loaded once, sums stay in the registers
+of the thread that has the column and are added up across threads once at the end.
 """
 
 from __future__ import annotations
@@ -24,23 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
+from .activations import activate, activate_backward
 from .launch import follow, launch
-from .layer_backward import activation_gradient, norm_input_gradient
-from .layer_forward import normalise
-
-#: Rows and columns of one program.
-BLOCK_M, BLOCK_N = 64, 64
-
-
-@triton.jit
-def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
-    row_mask = rows < M - first
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = row_mask[:, None] & (columns < N)[None, :]
-    return first * N + rows[:, None] * N + columns[None, :], mask, row_mask, columns
+from .passes import Walk, walk, widest
 
 
 @triton.jit
@@ -53,17 +41,30 @@ def _norm_activation_kernel(
     N,
     slope,
     ACTIVATION: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     follow(CHAINED)
-    offsets, mask, _, columns = _tile(M, N, BLOCK_M, BLOCK_N)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    a = normalise(x, norm_ptr, columns, columns < N, N)
-    if skip_ptr is not None:
-        a += tl.load(skip_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(h_ptr + offsets, activate(a, ACTIVATION, slope).to(h_ptr.dtype.element_ty), mask=mask)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < N
+    rows = tl.arange(0, BLOCK_M)
+    offsets = rows[:, None] * N + columns[None, :]
+    mean = tl.load(norm_ptr + columns, mask=column_mask, other=0.0)
+    scale = tl.load(norm_ptr + 3 * N + columns, mask=column_mask, other=0.0)
+    shift = tl.load(norm_ptr + 4 * N + columns, mask=column_mask, other=0.0)
+    for step in tl.range(0, TILE_ROWS, BLOCK_M, num_stages=STAGES):
+        first = tl.program_id(0).to(tl.int64) * TILE_ROWS + step
+        base = first * N
+        mask = (rows < M - first)[:, None] & column_mask[None, :]
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        skip = 0.0
+        if skip_ptr is not None:
+            skip = tl.load(skip_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        a = (x.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :] + skip
+        tl.store(h_ptr + base + offsets, activate(a, ACTIVATION, slope).to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -72,55 +73,105 @@ def _norm_activation_backward_kernel(
     x_ptr,  # [M, N]
     norm_ptr,  # [5, N] fp32
     skip_ptr,  # [M, N] or None
-    d_ptr,  # [M, N]
+    d_ptr,  # [M, N], or None: only its sums, of d in grad's dtype
+    h_ptr,  # [M, N] or None: the activation's result, for who needs it again
     tile_sums_ptr,  # [2, tiles, N] fp32
     M,
     N,
     slope,
     ACTIVATION: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     follow(CHAINED)
-    offsets, mask, row_mask, columns = _tile(M, N, BLOCK_M, BLOCK_N)
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    d, sum_d, sum_dx = activation_gradient(
-        grad, x, skip_ptr, offsets, mask, norm_ptr, columns, columns < N, N, row_mask, slope,
-        d_ptr.dtype.element_ty, ACTIVATION,
-    )  # fmt: skip
-    tl.store(d_ptr + offsets, d, mask=mask)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < N
+    rows = tl.arange(0, BLOCK_M)
+    offsets = rows[:, None] * N + columns[None, :]
+    mean = tl.load(norm_ptr + columns, mask=column_mask, other=0.0)
+    scale = tl.load(norm_ptr + 3 * N + columns, mask=column_mask, other=0.0)
+    shift = tl.load(norm_ptr + 4 * N + columns, mask=column_mask, other=0.0)
+    sum_d = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sum_dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in tl.range(0, TILE_ROWS, BLOCK_M, num_stages=STAGES):
+        first = tl.program_id(0).to(tl.int64) * TILE_ROWS + step
+        base = first * N
+        row_mask = rows < M - first
+        mask = row_mask[:, None] & column_mask[None, :]
+        grad = tl.load(grad_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0)
+        skip = 0.0
+        if skip_ptr is not None:
+            skip = tl.load(skip_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        centred = x.to(tl.float32) - mean[None, :]
+        a = centred * scale[None, :] + shift[None, :] + skip
+        d = activate_backward(grad.to(tl.float32), a, ACTIVATION, slope)
+        d = tl.where(row_mask[:, None], d, 0.0)
+        if d_ptr is None:
+            d = d.to(grad_ptr.dtype.element_ty).to(tl.float32)
+        else:
+            stored = d.to(d_ptr.dtype.element_ty)
+            tl.store(d_ptr + base + offsets, stored, mask=mask)
+            d = stored.to(tl.float32)
+        if h_ptr is not None:
+            h = activate(a, ACTIVATION, slope)
+            tl.store(h_ptr + base + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
+        sum_d += d
+        sum_dx += d * centred
+    rstd = tl.load(norm_ptr + N + columns, mask=column_mask, other=0.0)
     sums = tl.program_id(0) * N + columns
-    tl.store(tile_sums_ptr + sums, sum_d, mask=columns < N)
-    tl.store(tile_sums_ptr + tl.num_programs(0) * N + sums, sum_dx, mask=columns < N)
+    tl.store(tile_sums_ptr + sums, tl.sum(sum_d, axis=0), mask=column_mask)
+    tl.store(tile_sums_ptr + tl.num_programs(0) * N + sums, tl.sum(sum_dx, axis=0) * rstd, mask=column_mask)
 
 
 @triton.jit
 def _norm_backward_kernel(
-    d_ptr,  # [M, N]
+    d_ptr,  # [M, N]; with norm the gradient of the activation's result
     x_ptr,  # [M, N]
     norm_grad_ptr,  # [4, N] fp32
+    norm_ptr,  # [5, N] fp32 or None
     skip_grad_ptr,  # [M, N] or None
     grad_x_ptr,  # [M, N]
     M,
     N,
+    slope,
+    ACTIVATION: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     follow(CHAINED)
-    offsets, mask, _, columns = _tile(M, N, BLOCK_M, BLOCK_N)
-    d = tl.load(d_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad_x = norm_input_gradient(d, x, norm_grad_ptr, columns, columns < N, N)
-    if skip_grad_ptr is not None:
-        grad_x += tl.load(skip_grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
-
-
-def _grid(x: Tensor) -> tuple[int, int]:
-    return triton.cdiv(x.shape[0], BLOCK_M), triton.cdiv(x.shape[1], BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < N
+    rows = tl.arange(0, BLOCK_M)
+    offsets = rows[:, None] * N + columns[None, :]
+    mean = tl.load(norm_grad_ptr + columns, mask=column_mask, other=0.0)
+    scale = tl.load(norm_grad_ptr + N + columns, mask=column_mask, other=0.0)
+    b = tl.load(norm_grad_ptr + 2 * N + columns, mask=column_mask, other=0.0)
+    c = tl.load(norm_grad_ptr + 3 * N + columns, mask=column_mask, other=0.0)
+    if norm_ptr is not None:
+        shift = tl.load(norm_ptr + 4 * N + columns, mask=column_mask, other=0.0)
+    for step in tl.range(0, TILE_ROWS, BLOCK_M, num_stages=STAGES):
+        first = tl.program_id(0).to(tl.int64) * TILE_ROWS + step
+        base = first * N
+        mask = (rows < M - first)[:, None] & column_mask[None, :]
+        d = tl.load(d_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        skip = 0.0
+        if skip_grad_ptr is not None:  # loaded before the first use of the others, so that all are under way together
+            skip = tl.load(skip_grad_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+            skip = skip.to(tl.float32)
+        centred = x.to(tl.float32) - mean[None, :]
+        if norm_ptr is not None:  # d again, as it went into the sums
+            a = centred * scale[None, :] + shift[None, :]
+            d = activate_backward(d.to(tl.float32), a, ACTIVATION, slope).to(d_ptr.dtype.element_ty)
+        grad_x = scale[None, :] * d.to(tl.float32) - b[None, :] - centred * c[None, :] + skip
+        tl.store(grad_x_ptr + base + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 def norm_activation(
@@ -132,15 +183,17 @@ def norm_activation(
     negative_slope: float = 0.01,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    config: Walk | None = None,
 ) -> Tensor:
     """``activation((x - mean) * scale + shift + skip)`` for contiguous ``x[rows, features]``, rows > 0.
 
     It is written to ``out``, or to a new tensor of ``dtype`` (by default x's).
     """
     h = torch.empty_like(x, dtype=dtype) if out is None else out
+    config = walk("norm_activation", *x.shape, widest(x, skip, h)) if config is None else config
     launch(
-        _norm_activation_kernel, _grid(x), x, norm, skip, h, *x.shape, negative_slope,
-        ACTIVATION=activation, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, options={"num_warps": 4},
+        _norm_activation_kernel, config.grid(*x.shape), x, norm, skip, h, *x.shape, negative_slope,
+        ACTIVATION=activation, **config.constants, options=config.options,
     )  # fmt: skip
     return h
 
@@ -154,27 +207,67 @@ def norm_activation_backward(
     activation: str = "identity",
     negative_slope: float = 0.01,
     dtype: torch.dtype | None = None,
+    config: Walk | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``d[rows, features]`` in ``dtype`` (grad's), the gradient at the activation's input, and ``tile_sums`` for
     ``merge_gradients``."""
     d = torch.empty_like(grad, dtype=dtype)
-    grid = _grid(x)
+    config = walk("norm_activation_backward", *x.shape, widest(grad, x, skip, d)) if config is None else config
+    grid = config.grid(*x.shape)
     tile_sums = x.new_empty((2, grid[0], x.shape[1]), dtype=torch.float32)
     launch(
-        _norm_activation_backward_kernel, grid, grad, x, norm, skip, d, tile_sums, *x.shape, negative_slope,
-        ACTIVATION=activation, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, options={"num_warps": 4},
+        _norm_activation_backward_kernel, grid, grad, x, norm, skip, d, None, tile_sums, *x.shape, negative_slope,
+        ACTIVATION=activation, **config.constants, options=config.options,
     )  # fmt: skip
     return d, tile_sums
 
 
+def activation_sums(
+    grad: Tensor,
+    x: Tensor,
+    norm: Tensor,
+    *,
+    h: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    config: Walk | None = None,
+) -> Tensor:
+    """The ``tile_sums`` of :func:`norm_activation_backward` without its d, which :func:`norm_backward` can work out.
+
+    ``h`` becomes the activation's result, as :func:`norm_activation` gives it.
+    """
+    config = walk("norm_activation_backward", *x.shape, widest(grad, x, h)) if config is None else config
+    grid = config.grid(*x.shape)
+    tile_sums = x.new_empty((2, grid[0], x.shape[1]), dtype=torch.float32)
+    launch(
+        _norm_activation_backward_kernel, grid, grad, x, norm, None, None, h, tile_sums, *x.shape, negative_slope,
+        ACTIVATION=activation, **config.constants, options=config.options,
+    )  # fmt: skip
+    return tile_sums
+
+
 def norm_backward(
-    d: Tensor, x: Tensor, norm_grad: Tensor, *, skip_grad: Tensor | None = None, out: Tensor | None = None
+    d: Tensor,
+    x: Tensor,
+    norm_grad: Tensor,
+    *,
+    skip_grad: Tensor | None = None,
+    norm: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Tensor | None = None,
+    config: Walk | None = None,
 ) -> Tensor:
     """BatchNorm's input gradient ``scale * d - b - (x - mean) * c``, plus the gradient that came over the skip, in x's
-    dtype."""
+    dtype.
+
+    With ``norm`` (of the same BatchNorm), ``d`` is the gradient of the activation's result instead, and goes through
+    its derivative first.
+    """
     grad_x = torch.empty_like(x) if out is None else out
+    config = walk("norm_backward", *x.shape, widest(d, x, skip_grad, grad_x)) if config is None else config
     launch(
-        _norm_backward_kernel, _grid(x), d, x, norm_grad, skip_grad, grad_x, *x.shape,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, options={"num_warps": 4},
+        _norm_backward_kernel, config.grid(*x.shape), d, x, norm_grad, norm, skip_grad, grad_x, *x.shape,
+        negative_slope, ACTIVATION=activation, **config.constants, options=config.options,
     )  # fmt: skip
     return grad_x

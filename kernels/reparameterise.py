@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementary import cos_turns, exp
+from .launch import quick_launch
 
 TILE = 512
 NUM_WARPS = 4
@@ -144,9 +145,9 @@ def forward(mu: Tensor, logvar: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         mu, logvar = _by_rows(mu), _by_rows(logvar)
         block_m, block_l = tiles(latent)
-        _forward_kernel[(triton.cdiv(rows, block_m),)](
-            mu, logvar, seed, z, kld, rows, latent, mu.stride(0), logvar.stride(0),
-            BLOCK_M=block_m, BLOCK_L=block_l, num_warps=NUM_WARPS,
+        quick_launch(
+            _forward_kernel, (triton.cdiv(rows, block_m),), mu, logvar, seed, z, kld, rows, latent, mu.stride(0),
+            logvar.stride(0), BLOCK_M=block_m, BLOCK_L=block_l, options={"num_warps": NUM_WARPS},
         )  # fmt: skip
     return z, kld
 
@@ -162,9 +163,10 @@ def backward(
         mu, logvar = _by_rows(mu), _by_rows(logvar)
         grad_z = None if grad_z is None else _by_rows(grad_z)
         block_m, block_l = tiles(latent)
-        _backward_kernel[(triton.cdiv(rows, block_m), triton.cdiv(latent, block_l))](
+        quick_launch(
+            _backward_kernel, (triton.cdiv(rows, block_m), triton.cdiv(latent, block_l)),
             grad_z, grad_kld, mu, logvar, seed, grad_mu, grad_logvar, rows, latent,
             0 if grad_z is None else grad_z.stride(0), 0 if grad_kld is None else grad_kld.stride(0),
-            mu.stride(0), logvar.stride(0), BLOCK_M=block_m, BLOCK_L=block_l, num_warps=NUM_WARPS,
+            mu.stride(0), logvar.stride(0), BLOCK_M=block_m, BLOCK_L=block_l, options={"num_warps": NUM_WARPS},
         )  # fmt: skip
     return grad_mu, grad_logvar

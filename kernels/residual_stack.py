@@ -41,7 +41,6 @@ from .layer_backward import layer_backward
 from .layer_forward import layer_forward
 from .norm_activation import norm_activation
 from .plain_layer import plain_layer_backward, plain_layer_forward, plain_weight_gradient
-from .split_layer import in_dtype, split_layer_backward, split_layer_forward, split_layer_onward
 from .weight_gradient import weight_gradient
 
 
@@ -68,17 +67,11 @@ class Kept(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The three passes of a layer, by a strategy.
-
-    ``leaves_h``: the backward pass can leave the layer's operand, so that the weight gradient need not recompute it.
-    ``onward``: the layer with the next one's norm and activation in its epilogue, for norms that are known beforehand.
-    """
+    """The three passes of a layer, by a strategy."""
 
     forward: Callable[..., tuple[Tensor, Moments | None]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     weight: Callable[..., Tensor]
-    leaves_h: bool = False
-    onward: Callable[..., None] | None = None
 
 
 def _two_pass_forward(*args: Any, moments: bool, **kwargs: Any) -> tuple[Tensor, Moments | None]:
@@ -90,9 +83,6 @@ def _two_pass_forward(*args: Any, moments: bool, **kwargs: Any) -> tuple[Tensor,
 LAYERS = {
     "fused": Layer(layer_forward, layer_backward, weight_gradient),
     "two-pass": Layer(_two_pass_forward, layer_backward, weight_gradient),
-    "split": Layer(
-        split_layer_forward, split_layer_backward, plain_weight_gradient, leaves_h=True, onward=split_layer_onward
-    ),
     "plain": Layer(plain_layer_forward, plain_layer_backward, plain_weight_gradient),
 }
 
@@ -169,6 +159,7 @@ def stack_forward(
     *,
     keep: bool = True,
     momentum: Sequence[float] = (),
+    strategy: str | None = None,
 ) -> tuple[Tensor, Kept]:
     """Run the stack.
 
@@ -185,6 +176,8 @@ def stack_forward(
     momentum : L floats, or none
         With ``batch_stats``, weights of this batch in the running statistics, which are then updated, layer after
         layer; without, they stay as they are (``norms`` has the batch's).
+    strategy : str, optional
+        One of ``configurations.STRATEGIES``; by default the one that is chosen for the shape.
 
     Returns
     -------
@@ -196,7 +189,7 @@ def stack_forward(
         x.device, aligned(x, weights), rows, width, len(weights), options, eps, x.dtype, weights[0].dtype,
         needs_cast(weights, options.dtype), _dtype_of(biases), _dtype_of(norm_weights), _dtype_of(norm_biases),
         _dtype_of(running_means), keep, bool(momentum), False, (),
-        *choice(options, x),
+        *choice(options, x, strategy),
     )  # fmt: skip
     inner_shape, stream_shape, norms_shape = kept_shapes(key)
     result = torch.empty_like(x)
@@ -217,10 +210,11 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def choice(options: StackOptions, x: Tensor) -> tuple[str, int, int, tuple[Any, ...]]:
+def choice(options: StackOptions, x: Tensor, strategy: str | None = None) -> tuple[str, int, int, tuple[Any, ...]]:
     rows, width = x.shape
-    kind = "layer" if options.batch_stats else "eval"
-    strategy = configurations.strategy(options.dtype, rows, width, x.device, kind)
+    if strategy is None:
+        kind = "layer" if options.batch_stats else "eval"
+        strategy = configurations.strategy(options.dtype, rows, width, x.device, kind)
     # Each layer's gradient is of its output's dtype; in order "pre" the last one's is the stream's.
     last = x.dtype if options.order == "pre" else options.dtype
     unit_bytes = rows * width * ((options.layers - 1) * options.dtype.itemsize + last.itemsize)
@@ -246,8 +240,6 @@ def _forward_tape(key: Key) -> Tape:
         momentum = [tape.number() for _ in range(depth)] if key.update else []
         norms = _Norms(key, vectors[1], vectors[2], running, momentum, tape.unbind(kept[2]))
         run: Callable[..., None] = _forward_pre if options.order == "pre" else _forward_post
-        if LAYERS[key.strategy].onward is not None and not options.batch_stats:
-            run = _onward_pre if options.order == "pre" else _onward_post
         inner, stream = (tape.unbind(t) for t in kept[:2])
         run(x, result, cast_weights(tape, weights, key), vectors[0] or [None] * depth, norms, inner, stream, key)
     return tape
@@ -340,57 +332,3 @@ def _forward_post(
         )  # fmt: skip
         norm = norms.finish(i, moments, deferred=i + 1 < key.depth)
     norm_activation(y, norms.out[-1], skip=unit_input, out=result, **act)
-
-
-def _onward_pre(
-    x: Tensor, result: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: _Norms,
-    inner: list[Tensor], stream: list[Tensor], key: Key,
-) -> None:  # fmt: skip
-    """Order "pre" by running statistics: each layer leaves the next one's operand, and raw outputs only as needed."""
-    layers, dtype = key.options.layers, key.options.dtype
-    layer, act = setting(key)
-    assert layer.onward is not None
-    unit_input = x
-    free_inner, free_stream = iter(inner), iter(stream)
-    h = norm_activation(x, norms.known(0), dtype=dtype, **act)
-    for i in range(key.depth):
-        ends_unit, last = (i + 1) % layers == 0, i + 1 == key.depth
-        y: Tensor | None = None
-        if last:
-            y = result
-        elif key.keep:
-            y = next(free_stream if ends_unit else free_inner)
-        elif ends_unit:
-            y = torch.empty_like(x)
-        onward = {} if last else {"norm": norms.known(i + 1), "onward": torch.empty_like(x, dtype=dtype)}
-        residual = unit_input if ends_unit else None
-        layer.onward(h, weights[i], biases[i], residual=residual, y=y, **onward, **act)
-        if ends_unit and y is not None:
-            unit_input = y
-        if not last:
-            h = onward["onward"]
-
-
-def _onward_post(
-    x: Tensor, result: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], norms: _Norms,
-    inner: list[Tensor], stream: list[Tensor], key: Key,
-) -> None:  # fmt: skip
-    """Order "post" by running statistics, in the same way."""
-    layers, dtype = key.options.layers, key.options.dtype
-    layer, act = setting(key)
-    assert layer.onward is not None
-    h, unit_input = in_dtype(x, dtype), x
-    for i in range(key.depth):
-        skip, ends_unit = None, (i + 1) % layers == 0
-        onward = torch.empty_like(x, dtype=dtype)
-        if i + 1 == key.depth:
-            onward = result
-        elif ends_unit:
-            onward = stream[i // layers] if key.keep else torch.empty_like(x)
-        if ends_unit:
-            skip, unit_input = unit_input, onward
-        layer.onward(
-            h, weights[i], biases[i], y=inner[i] if key.keep else None, norm=norms.known(i), skip=skip,
-            onward=onward, **act,
-        )  # fmt: skip
-        h = in_dtype(onward, dtype)

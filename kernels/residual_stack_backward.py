@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .batch_norm import merge_gradients
 from .deferred import DeferredGradient
 from .launch import Tape, call
-from .norm_activation import norm_activation_backward, norm_backward
+from .norm_activation import activation_sums, norm_activation_backward, norm_backward
+from .plain_layer import in_dtype, plain_input_gradient, plain_weight_gradient
 from .residual_stack import (
     Kept,
     Key,
-    Layer,
     StackOptions,
     aligned,
     cast_weights,
@@ -51,6 +52,7 @@ def stack_backward(
     *,
     need_x: bool = True,
     need_weights: Sequence[bool] | None = None,
+    strategy: str | None = None,
 ) -> StackGradients:
     """Gradients of :func:`.residual_stack.stack_forward`.
 
@@ -64,13 +66,15 @@ def stack_backward(
         From a forward pass with ``keep``.
     need_x, need_weights
         Which of the gradients that cost a pass of their own are wanted; all by default.
+    strategy : str, optional
+        As in the forward pass.
     """
     (rows, width), depth = x.shape, len(weights)
     need = (True,) * depth if need_weights is None else tuple(need_weights)
     key = Key(
         x.device, aligned(x, [grad], weights), rows, width, depth, options, 0.0, x.dtype, weights[0].dtype,
         needs_cast(weights, options.dtype), None, None, None, None, True, False, need_x, need,
-        *choice(options, x),
+        *choice(options, x, strategy),
     )  # fmt: skip
     grads = StackGradients(
         torch.empty_like(x) if need_x else None,
@@ -113,9 +117,13 @@ def _backward_tape(key: Key) -> Tape:
             tape.unbind(tape.input((depth if any(key.need_weights) else 0, *square), torch.float32)),
             *(tape.unbind(tape.input((depth, key.width), torch.float32)) for _ in range(3)),
         )
-        run = _backward_pre if options.order == "pre" else _backward_post
         weight_gradients = _WeightGradients(tape, key, out.weights, kept)
-        run(grad, x, cast_weights(tape, weights, key), kept, out, weight_gradients, key)
+        cast = cast_weights(tape, weights, key)
+        if options.order == "pre" and key.strategy == "plain":
+            _backward_pre_plain(grad, x, cast, kept, out, key)
+        else:
+            run = _backward_pre if options.order == "pre" else _backward_post
+            run(grad, x, cast, kept, out, weight_gradients, key)
     return tape
 
 
@@ -206,10 +214,13 @@ def _column_sums(out: Tensor, grad: Tensor) -> None:
     torch.sum(grad, 0, dtype=torch.float32, out=out)
 
 
-def _operand(layer: Layer, raw: Tensor, i: int, key: Key) -> dict[str, Tensor]:
-    """Where the backward pass of layer ``i`` is to leave the layer's operand, if it can and somebody wants it."""
-    wanted = layer.leaves_h and key.need_weights[i]
-    return {"h": torch.empty_like(raw, dtype=key.options.dtype)} if wanted else {}
+def _raws(x: Tensor, kept: _KeptLayers, key: Key) -> list[Tensor]:
+    """The input of each layer of order "pre": x, a unit's output, or a raw output inside a unit."""
+    layers = key.options.layers
+    return [
+        (x if i == 0 else kept.stream[i // layers - 1]) if i % layers == 0 else kept.inner[i - i // layers - 1]
+        for i in range(key.depth)
+    ]
 
 
 def _backward_pre(
@@ -218,11 +229,7 @@ def _backward_pre(
 ) -> None:  # fmt: skip
     depth, layers = key.depth, key.options.layers
     layer, act = setting(key)
-    # The input of layer i: x, a unit's output, or a raw output inside a unit.
-    raws = [
-        (x if i == 0 else kept.stream[i // layers - 1]) if i % layers == 0 else kept.inner[i - i // layers - 1]
-        for i in range(depth)
-    ]
+    raws = _raws(x, kept, key)
     # g, with y and norm_grad: gradient at the activation of the layer above, whose BatchNorm is still to be passed.
     g, y, skip_grad = grad, None, None
     norm_grad: Tensor | DeferredGradient | None = None
@@ -231,12 +238,11 @@ def _backward_pre(
     first_bias = torch.empty_like(out.biases[0])  # where merge_gradients has no layer before to write to
     for i in reversed(range(depth)):
         raw, norm = raws[i], kept.norms[i]
-        h = _operand(layer, raw, i, key)
         d, grad_y, tile_sums = layer.backward(
             g, weights[i], y=y, norm_grad=norm_grad, skip_grad=skip_grad, x=raw, norm=norm,
-            **(weight_gradients.place(i) if i + 1 < depth else {}), **h, **act,
+            **(weight_gradients.place(i) if i + 1 < depth else {}), **act,
         )  # fmt: skip
-        weight_gradients.add(i, grad_y, *((h["h"], None) if h else (raw, norm)))
+        weight_gradients.add(i, grad_y, raw, norm)
         if (i + 1) % layers == 0:
             unit_grad, unit_sum = grad_y, out.biases[i]
         starts_unit = i % layers == 0
@@ -250,6 +256,42 @@ def _backward_pre(
     assert isinstance(norm_grad, Tensor)
     if out.x is not None:
         norm_backward(g, y, norm_grad, skip_grad=skip_grad, out=out.x)
+
+
+def _backward_pre_plain(
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], kept: _KeptLayers, out: _Gradients, key: Key
+) -> None:
+    """The same with the library's products, where passes are what costs: 6 tensors a layer read or written, not 8.
+
+    d is not stored between the pass that sums it up and the one that needs the sums: both work it out from the product.
+    The former also writes h, which the weight gradient needs, so that this takes no pass of its own.
+    """
+    depth, layers = key.depth, key.options.layers
+    _, act = setting(key)
+    raws = _raws(x, kept, key)
+    grad_y, unit_grad = grad, grad
+    call(_column_sums, out.biases[depth - 1], grad)
+    first_bias = torch.empty_like(out.biases[0])  # where merge_gradients has no layer before to write to
+    for i in reversed(range(depth)):
+        raw, norm = raws[i], kept.norms[i]
+        if (i + 1) % layers == 0:
+            unit_grad, unit_sum = grad_y, out.biases[i]
+        narrow = in_dtype(grad_y, weights[i].dtype)
+        product = plain_input_gradient(narrow, weights[i])
+        h = torch.empty_like(raw, dtype=key.options.dtype) if key.need_weights[i] else None
+        tile_sums = activation_sums(product, raw, norm, h=h, **act)
+        if h is not None:
+            plain_weight_gradient(narrow, h, dtype=key.options.dtype, out=out.weights[i])
+        starts_unit = i % layers == 0
+        *_, norm_grad = merge_gradients(
+            tile_sums, norm, key.rows, key.options.batch_stats, skip_sum=unit_sum if starts_unit else None,
+            out=(out.norm_weights[i], out.norm_biases[i], out.biases[i - 1] if i else first_bias),
+        )  # fmt: skip
+        if i > 0 or out.x is not None:
+            grad_y = norm_backward(
+                product, raw, norm_grad, skip_grad=unit_grad if starts_unit else None, norm=norm,
+                out=None if i else out.x, **act,
+            )  # fmt: skip
 
 
 def _backward_post(
@@ -271,12 +313,8 @@ def _backward_post(
         )  # fmt: skip
         before = {"x": kept.inner[i - 1], "norm": kept.norms[i - 1]} if i else {}
         place = weight_gradients.place(i)
-        h: dict[str, Tensor] = {}
         if i % layers:
-            h = _operand(layer, kept.inner[i - 1], i, key)
-            d, grad_y, tile_sums = layer.backward(
-                d, weights[i], y=y, norm_grad=norm_grad, **before, **place, **h, **act
-            )
+            d, grad_y, tile_sums = layer.backward(d, weights[i], y=y, norm_grad=norm_grad, **before, **place, **act)
         elif i > 0:
             d, grad_y, tile_sums = layer.backward(
                 d, weights[i], y=y, norm_grad=norm_grad, residual=unit_d, skip=inputs[i // layers - 1], dtype=key.x,
@@ -292,5 +330,5 @@ def _backward_post(
             grad_y = norm_backward(d, y, norm_grad, out=place.get("grad_y"))
         source: tuple[Tensor, Tensor | None] = (inputs[i // layers], None)
         if i % layers:
-            source = (h["h"], None) if h else (kept.inner[i - 1], kept.norms[i - 1])
+            source = (kept.inner[i - 1], kept.norms[i - 1])
         weight_gradients.add(i, grad_y, *source)

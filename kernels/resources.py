@@ -23,26 +23,18 @@ from triton.compiler import ASTSource
 from . import configurations
 from .batch_norm import (
     MERGE_BLOCK_N,
-    MERGE_BLOCK_T,
-    MOMENTS_BLOCK_M,
-    MOMENTS_BLOCK_N,
     _column_moments_kernel,
     _merge_gradients_kernel,
     _merge_moments_kernel,
     _running_norm_kernel,
+    merge_steps,
 )
 from .configurations import TileConfig
 from .deferred import block_t
 from .layer_backward import _layer_backward_kernel
 from .layer_forward import _layer_forward_kernel
-from .norm_activation import (
-    BLOCK_M,
-    BLOCK_N,
-    _norm_activation_backward_kernel,
-    _norm_activation_kernel,
-    _norm_backward_kernel,
-)
-from .split_layer import _split_backward_kernel, _split_forward_kernel
+from .norm_activation import _norm_activation_backward_kernel, _norm_activation_kernel, _norm_backward_kernel
+from .passes import walk
 from .weight_gradient import _sum_splits_kernel, _weight_gradient_kernel
 
 #: Shared memory one block may use, in bytes, by compute capability (CUDA C++ Programming Guide).
@@ -123,16 +115,22 @@ class Case(NamedTuple):
     one_step: bool = False
 
 
-#: (deferred, one_step) that a kernel is compiled as; others as neither.
-VARIANTS = {
-    "forward": ((False, False), (True, False), (True, True)),
-    "backward": ((False, False), (True, False), (True, True)),
-}
+#: (deferred, one_step) that the kernels with statistics are compiled as.
+VARIANTS = ((False, False), (False, True), (True, False), (True, True))
 
 
 def cases(capabilities: Sequence[int], activations: Sequence[str], wide_streams: Sequence[bool]) -> list[Case]:
     """Every configuration that can be chosen on these chips, in the variants with the most operands."""
-    return [
+    merging = [
+        Case(kernel, "half", capability, config, order, activation, wide, True, True)
+        for kernel in ("forward", "backward")
+        for capability, config in configurations.MERGING.items()
+        if capability in capabilities
+        for order in ("pre", "post")
+        for activation in activations
+        for wide in wide_streams
+    ]
+    return merging + [
         Case(kernel, arithmetic, capability, config, order, activation, wide, deferred, one_step)
         for kernel in configurations.KERNELS
         for arithmetic in configurations.ARITHMETICS
@@ -141,7 +139,7 @@ def cases(capabilities: Sequence[int], activations: Sequence[str], wide_streams:
         for order in (("pre", "post") if kernel != "weight" else ("pre",))
         for activation in activations
         for wide in wide_streams
-        for deferred, one_step in VARIANTS.get(kernel, ((False, False),))
+        for deferred, one_step in (VARIANTS if kernel != "weight" else VARIANTS[:1])
         if arithmetic == "half" or not wide
     ]
 
@@ -165,7 +163,6 @@ def compile_case(case: Case) -> Resources:
     arguments |= {"BLOCK_M": case.config.block_m, "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k}
     arguments |= {
         "GROUP_M": case.config.group_m,
-        "PARTS": case.config.parts,
         "weight_ptr": narrow,
         "x_ptr": stream if pre else narrow,
     }
@@ -180,14 +177,6 @@ def compile_case(case: Case) -> Resources:
         arguments |= {"g_ptr": narrow, "y_ptr": y, "grad_y_ptr": y, "skip_grad_ptr": stream if pre else None}
         arguments |= {"residual_ptr": None if pre else stream, "d_ptr": narrow if pre else stream}
         arguments |= {"tile_sums_ptr": columns}
-    elif case.kernel == "split-forward":
-        kernel = _split_forward_kernel
-        arguments |= {"h_ptr": narrow, "residual_ptr": stream if pre else None, "y_ptr": stream if pre else narrow}
-        arguments |= {"tile_mean_ptr": columns, "tile_m2_ptr": columns, "next_ptr": None}
-    elif case.kernel == "split-backward":
-        kernel = _split_backward_kernel
-        arguments |= {"grad_y_ptr": narrow, "residual_ptr": None if pre else stream, "h_ptr": narrow if pre else None}
-        arguments |= {"d_ptr": narrow if pre else stream, "tile_sums_ptr": columns}
     else:
         kernel = _weight_gradient_kernel
         dot_type = tl.bfloat16 if case.arithmetic == "half" else tl.float32
@@ -198,39 +187,50 @@ def compile_case(case: Case) -> Resources:
     )
 
 
-# The kernels without a product: each with the tiles its launcher gives it.
-_PASSES = (
-    (_column_moments_kernel, MOMENTS_BLOCK_M, MOMENTS_BLOCK_N),
-    (_merge_moments_kernel, 0, MERGE_BLOCK_N),
-    (_running_norm_kernel, 0, 128),
-    (_merge_gradients_kernel, 0, MERGE_BLOCK_N),
-    (_norm_activation_kernel, BLOCK_M, BLOCK_N),
-    (_norm_activation_backward_kernel, BLOCK_M, BLOCK_N),
-    (_norm_backward_kernel, BLOCK_M, BLOCK_N),
-    (_sum_splits_kernel, 0, 0),
-)
+# The kernels without a product: those that walk over whole tensors; the small ones.
+_WALKS = {
+    "column_moments": _column_moments_kernel,
+    "moments + residual": _column_moments_kernel,
+    "norm_activation": _norm_activation_kernel,
+    "norm_activation_backward": _norm_activation_backward_kernel,
+    "norm_backward": _norm_backward_kernel,
+}
+_MERGES = (_merge_moments_kernel, _merge_gradients_kernel)
 
 
 def compile_passes(capability: int, columns: int | None = None) -> dict[str, Resources]:
-    """Compile every kernel without a product, by name; ``columns=1`` as launches of that width specialise it."""
+    """Compile every kernel without a product, by name, as many rows take it; ``columns=1`` as launches of that width
+    specialise it."""
     size: Any = "i32" if columns is None else columns
     scalars = {"M": "i32", "N": size, "tiles": size, "splits": "i32", "size": size}
     scalars |= {"total_step": "i32 odd"} | dict.fromkeys(("eps", "slope", "momentum"), "fp32")
-    constants = {
-        "CHAINED": capability >= 90,
-        "ACTIVATION": "gelu",
-        "BATCH_STATS": True,
-        "TILE_ROWS": 64,
-        "BLOCK_T": MERGE_BLOCK_T,
-        "BLOCK": 1024,
-    }
-    found = {}
-    for kernel, block_m, block_n in _PASSES:
-        known = {**scalars, **constants, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants: dict[str, Any] = {
+        "CHAINED": capability >= 90, "ACTIVATION": "gelu", "BATCH_STATS": True, "TILE_ROWS": 64, "BLOCK": 1024,
+    }  # fmt: skip
+    found: dict[str, Resources] = {}
+
+    def compile_one(name: str, kernel: Any, num_warps: int, pointers: dict[str, Any], **known: Any) -> None:
         # bf16 for the tensor that comes in, fp32 for all that stands beside it.
-        pointers = {p.name: "*bf16" if p.name in ("x_ptr", "grad_ptr") else "*fp32" for p in kernel.params}
-        arguments = {name: known.get(name, pointer) for name, pointer in pointers.items()}
-        found[kernel.__name__] = compile_kernel(kernel, arguments, capability, num_warps=4, num_stages=3)
+        names = {p.name: "*bf16" if p.name in ("x_ptr", "grad_ptr") else "*fp32" for p in kernel.params}
+        given = {**scalars, **constants, **pointers, **known}
+        arguments = {p: given.get(p, pointer) for p, pointer in names.items()}
+        found[name] = compile_kernel(kernel, arguments, capability, num_warps=num_warps, num_stages=3)
+
+    for name, kernel in _WALKS.items():
+        for element_size in (2, 4):
+            config = walk(name, 65536, columns or 512, element_size)
+            tensors = ("x_ptr", "skip_ptr", "residual_ptr", "y_ptr", "h_ptr", "grad_ptr", "d_ptr", "skip_grad_ptr")
+            pointers = dict.fromkeys((*tensors, "grad_x_ptr"), "*bf16") if element_size == 2 else {}
+            compile_one(
+                f"{name}, {8 * element_size} bits", kernel, config.num_warps, pointers, **config.constants
+            )  # fmt: skip
+    for kernel in _MERGES:
+        for tiles in (1, 512, 1024):
+            block_t, num_warps = merge_steps(tiles)
+            name = f"{kernel.__name__}, {tiles} tiles"
+            compile_one(name, kernel, num_warps, {}, BLOCK_T=block_t, BLOCK_N=MERGE_BLOCK_N)
+    compile_one(_running_norm_kernel.__name__, _running_norm_kernel, 4, {}, BLOCK_N=128)
+    compile_one(_sum_splits_kernel.__name__, _sum_splits_kernel, 4, {})
     return found
 
 

@@ -8,6 +8,7 @@ without spills; for the weight gradient each with the heuristic's number of spli
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from . import configurations, launch, tile_table
 from .configurations import TileConfig
 from .layer_backward import layer_backward
 from .layer_forward import layer_forward
-from .split_layer import split_layer_backward, split_layer_forward
 from .tile_table import Chip, Choice
 from .weight_gradient import weight_gradient
 
@@ -28,17 +28,36 @@ Timer = Callable[[Callable[[], Any]], float]
 
 #: The shapes of the shipped table.
 ROWS, WIDTHS = (1024, 8192, 65536), (128, 256, 512, 1024, 2048)
-#: A layer forward and backward with statistics of the batch, or forward with running ones.
+#: Units of two layers by which strategies are compared.
+UNITS = 3
+#: Forward and backward with statistics of the batch, or forward with running ones.
 KINDS = ("layer", "eval")
 _DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 _SLOPE = 0.01
 
 
-def time_on_gpu(function: Callable[[], Any]) -> float:
-    """Median milliseconds of a call, by CUDA events, the second-level cache washed before each."""
-    from triton.testing import do_bench
+def time_on_gpu(function: Callable[[], Any], launches: int = 8, replays: int = 5) -> float:
+    """Median seconds of a call, by replays of a CUDA graph of several, so that a slow host does not count.
 
-    return do_bench(function, warmup=5, rep=25, return_mode="median")
+    Large tensors do not stay in the second-level cache from one call to the next, and small ones do: as in a stack.
+    """
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            function()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3 / launches)
+    return statistics.median(times)
 
 
 def _options(kernel: str, among: Sequence[TileConfig], chip: Chip, m: int, n: int, k: int) -> list[TileConfig]:
@@ -74,16 +93,6 @@ def _workload(
         out, coefficients, scales = torch.empty_like(x), norm(k)[:4], norm(n)
         return lambda config: layer_backward(
             g, weight, y=y, norm_grad=coefficients, x=x, norm=scales, out=out, config=config, **act
-        )
-    if kernel == "split-forward":
-        h, weight, residual, bias = draw(m, k), draw(n, k), draw(m, n), draw(n)
-        out = torch.empty_like(residual)
-        return lambda config: split_layer_forward(h, weight, bias, residual=residual, out=out, config=config)
-    if kernel == "split-backward":
-        grad_y, weight, x = draw(m, k), draw(k, n), draw(m, n)
-        out, operand, scales = torch.empty_like(x), torch.empty_like(x), norm(n)
-        return lambda config: split_layer_backward(
-            grad_y, weight, x=x, norm=scales, out=out, h=operand, config=config, **act
         )
     grad_y, x, total = draw(k, m), draw(k, n), torch.empty((m, n), device=device)
     scales = norm(n)
@@ -126,8 +135,9 @@ def tune_strategy(
     timer: Timer = time_on_gpu,
     chip: Chip | None = None,
 ) -> str:
-    """Measure a layer of a kind (:data:`KINDS`) by each strategy; keep and return the quickest."""
-    from .residual_stack import LAYERS
+    """Measure a short stack of a kind (:data:`KINDS`) by each strategy; keep and return the quickest."""
+    from .residual_stack import StackOptions, stack_forward
+    from .residual_stack_backward import stack_backward
 
     chip = tile_table.chip_of(device) if chip is None else chip
     dtype = _DTYPES[arithmetic]
@@ -135,30 +145,19 @@ def tune_strategy(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
-    x, g, residual, weight, bias = (
-        draw(rows, width),
-        draw(rows, width),
-        draw(rows, width),
-        draw(width, width),
-        draw(width),
-    )
-    out, norm = torch.empty_like(x), torch.ones((5, width), device=device)
-    total = torch.empty((width, width), device=device)
-    act: dict[str, Any] = {"activation": "leaky_relu", "negative_slope": _SLOPE}
+    options = StackOptions(2, "pre", "leaky_relu", _SLOPE, kind == "layer", dtype)
+    x, grad = draw(rows, width), draw(rows, width)
+    weights = [draw(width, width) / width**0.5 for _ in range(2 * UNITS)]
+    vectors = [[draw(width) for _ in weights] for _ in range(5)]
+    vectors[4] = [v.square() for v in vectors[4]]
 
     def run(strategy: str) -> None:
-        layer = LAYERS[strategy]
-        if kind == "eval" and layer.onward is not None:
-            layer.onward(x, weight, bias, residual=residual, y=out, norm=norm, onward=torch.empty_like(x), **act)
-            return
-        if kind == "eval":
-            layer.forward(x, weight, bias, norm=norm, residual=residual, out=out, moments=False, **act)
-            return
-        layer.forward(x, weight, bias, norm=norm, residual=residual, out=out, moments=True, **act)
-        h = {"h": torch.empty_like(x)} if layer.leaves_h else {}
-        _, grad_y, _ = layer.backward(g, weight, y=residual, norm_grad=norm[:4], x=x, norm=norm, **h, **act)
-        source = {"x": h["h"]} if h else {"x": x, "norm": norm}
-        layer.weight(grad_y, **source, dtype=dtype, out=total, **act)
+        biases, gammas, betas, means, variances = vectors
+        _, kept = stack_forward(
+            x, weights, biases, gammas, betas, means, variances, 1e-5, options, keep=kind == "layer", strategy=strategy
+        )
+        if kind == "layer":
+            stack_backward(grad, x, weights, kept, options, strategy=strategy)
 
     with launch.paused(), torch.no_grad():
         best = str(fastest(configurations.STRATEGIES, run, timer))
@@ -182,7 +181,7 @@ def by_arithmetic(chip: Chip, arithmetics: Sequence[str] = ("half", "tf32")) -> 
     for arithmetic in arithmetics:
         for width in WIDTHS:
             for rows in ROWS:
-                choice: Choice = "fused" if width <= configurations.FUSED_WIDTH else "plain"
+                choice: Choice = configurations.default_strategy(arithmetic, rows, width)
                 for kind in KINDS:
                     entries[tile_table.key(kind, arithmetic, rows, width)] = {"choice": choice, "measured": False}
                 for kernel in configurations.KERNELS:

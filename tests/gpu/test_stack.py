@@ -152,14 +152,14 @@ def test_tf32(order: str, cuda: torch.device, triton: torch.device) -> None:
         assert (module(x) - coarse).abs().max() > 1e-5 * coarse.abs().max()
 
 
-@pytest.mark.parametrize("strategy", ["fused", "two-pass", "split", "plain"])
+@pytest.mark.parametrize("strategy", ["fused", "two-pass", "plain"])
 def test_every_strategy(
     strategy: str, cuda: torch.device, triton: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rvae_fast.kernels import configurations
 
     assert strategy in configurations.STRATEGIES
-    assert len(configurations.STRATEGIES) == 4
+    assert len(configurations.STRATEGIES) == 3
     monkeypatch.setattr(configurations, "strategy", lambda *_: strategy)
     for order in ORDERS:
         module = make(257, 2, order=order, activation="silu").to(cuda)
@@ -190,13 +190,13 @@ def test_every_tile(
         pytest.skip(f"{arithmetic} products have {max(counts)} configurations")
     monkeypatch.setattr(configurations, "choose", choose)
     monkeypatch.setattr(configurations, "policy", lambda *_: ("test", arithmetic, number))
-    for strategy in ("fused", "split"):
-        monkeypatch.setattr(configurations, "strategy", lambda *_, strategy=strategy: strategy)
-        module = make(257, 1, activation="silu").to(cuda)
-        assert_within_bound(
-            module, torch.randn(999, 257, device=cuda).requires_grad_(),
-            autocast=torch.bfloat16 if arithmetic == "half" else None, least=TF32 if arithmetic == "tf32" else 0.0,
-        )  # fmt: skip
+    # Of this width they would otherwise be cuBLAS's.
+    monkeypatch.setattr(configurations, "strategy", lambda *_: "fused")
+    module = make(257, 1, activation="silu").to(cuda)
+    assert_within_bound(
+        module, torch.randn(999, 257, device=cuda).requires_grad_(),
+        autocast=torch.bfloat16 if arithmetic == "half" else None, least=TF32 if arithmetic == "tf32" else 0.0,
+    )  # fmt: skip
 
 
 def test_tuning_changes_no_state(cuda: torch.device, triton: torch.device, tmp_path, monkeypatch) -> None:

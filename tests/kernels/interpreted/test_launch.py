@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import triton
 from torch import Tensor
 
-from rvae_fast.kernels import configurations
+from rvae_fast.kernels import configurations, launch
 from rvae_fast.kernels import residual_stack as driver
 from rvae_fast.kernels import residual_stack_backward as way_back
 from rvae_fast.kernels.launch import Tape, call
@@ -88,3 +91,61 @@ def test_launches_and_memory_of_a_stack(monkeypatch: pytest.MonkeyPatch) -> None
         assert backward.launches <= 4 * depth + 1
         found.append((forward.temporary_bytes, backward.temporary_bytes))
     assert found[0] == found[1]
+
+
+class _Kernel:
+    """Stands for a kernel that Triton compiles."""
+
+    arg_names = ("x_ptr", "y_ptr", "size", "BLOCK", "NAME")
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+
+    def warmup(self, *arguments: Any, grid: Any, **options: Any) -> _Kernel:
+        aligned = [a.data_ptr() % 16 == 0 for a in arguments if isinstance(a, torch.Tensor)]
+        self.compiled.append((aligned, arguments[2], options))
+        self.function, self.packed_metadata = "function", "metadata"
+        return self
+
+    def run(self, *arguments: Any) -> None:
+        self.launched.append(arguments)
+
+
+def test_quick_launches_look_a_compiled_kernel_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.runtime, "JITFunction", _Kernel)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    kernel, x = _Kernel(), torch.zeros(64)
+
+    def go(x: torch.Tensor, y: torch.Tensor | None, size: int, grid: tuple[int, ...] = (3,), warps: int = 4) -> None:
+        launch.quick_launch(kernel, grid, x, y, size, NAME="n", BLOCK=16, options={"num_warps": warps})
+
+    go(x, None, 5)
+    go(x.clone(), None, 5, (2, 9))
+    assert kernel.compiled == [([True], 5, {"NAME": "n", "BLOCK": 16, "num_warps": 4})]
+    rest = (7, "function", "metadata", None, None, None)
+    assert kernel.launched[0] == (3, 1, 1, *rest, x.data_ptr(), None, 5, 16, "n")
+    assert kernel.launched[1][:3] == (2, 9, 1)
+    go(x[1:], None, 5)
+    go(x, x, 5)
+    go(x, None, 6)
+    go(x, None, 5, warps=8)
+    go(x.double(), None, 5)
+    assert len(kernel.compiled) == 6
+    assert [c[0] for c in kernel.compiled[1:3]] == [[False], [True, True]]
+    assert kernel.launched[2][9] == x.data_ptr() + 4
+
+
+def test_quick_launches_are_seen_by_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profiler's hooks are called by Triton's own launch."""
+    calls: list[Any] = []
+
+    class Observed(_Kernel):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *a, **k: calls.append((grid, a, k))
+
+    monkeypatch.setattr(triton.runtime, "JITFunction", _Kernel)
+    monkeypatch.setattr(launch, "_hooks", lambda: True)
+    launch.quick_launch(Observed(), (4,), 1, NAME="n", options={"num_warps": 4})
+    assert calls == [((4,), (1,), {"NAME": "n", "num_warps": 4})]

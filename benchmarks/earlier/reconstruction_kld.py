@@ -1,0 +1,327 @@
+"""Reconstruction error and KL divergence of every row, forward and backward, each input read once.
+
+======================  ==================  =========  ============================================================
+tensor                  shape               dtype      stored or recomputed
+======================  ==================  =========  ============================================================
+x, x_hat                [rows, features]    any        read once a pass
+mu, logvar              [rows, latent]      any        read once a pass, optional
+feature_weight          [features]          any        read by every program (it stays in the cache), optional
+error, kld              [rows]              fp32       results
+grad_error, grad_kld    [rows]              any        read
+grad_x ... grad_logvar  as their inputs                results of the backward, those that are wanted
+partial                 [splits, features]  fp32       temporary, only for the gradient of the weights
+======================  ==================  =========  ============================================================
+
+1. Forward: a program has whole rows and walks over their columns, sums kept a lane and added up once at the end; then
+   the same rows of mu and logvar. So there are no partial results, no atomics, and any number of columns.
+2. Backward: every element by itself, a grid over rows and columns; the programs of the first columns do the KL's.
+   Nothing but the inputs is kept between the two.
+3. The gradient of ``feature_weight``, which is rarely learned, is a pass of its own with per-split partial sums.
+
+Arithmetic is fp32, so fp64 is not for these kernels. Columns must be contiguous, rows may have any stride.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rvae_fast.kernels.elementary import exp, log1p_unit
+
+#: Elements of one tile: 16 a thread of a long row, two loads of 16 bytes from each bf16 operand; 8 of short rows and of
+#: latent variables, whose many row offsets and exponentials take registers.
+TILE, SHORT_TILE = 2048, 1024
+NUM_WARPS = 4
+#: Rows that one program of the weights' gradient takes in a step, its columns, and the most splits of the rows.
+WEIGHT_BLOCK_M, WEIGHT_BLOCK_N, WEIGHT_SPLITS = 32, 64, 64
+
+
+@triton.jit
+def error_term(x, x_hat, LIKELIHOOD: tl.constexpr):
+    """Error of one feature; ``x_hat`` is a logit for ``bernoulli``."""
+    if LIKELIHOOD == "squared":
+        d = x_hat - x
+        term = d * d
+    elif LIKELIHOOD == "absolute":
+        term = tl.abs(x_hat - x)
+    else:
+        tl.static_assert(LIKELIHOOD == "bernoulli", "unknown likelihood")
+        # (1 - x) x_hat - log sigmoid(x_hat), in which a large logit on the right side of a target near 1 stays exact.
+        term = (1.0 - x) * x_hat - tl.where(x_hat < 0, x_hat, 0.0) + log1p_unit(tl.exp(-tl.abs(x_hat)))
+    return term
+
+
+@triton.jit
+def error_slope(x, x_hat, LIKELIHOOD: tl.constexpr):
+    """Derivative of :func:`error_term` by ``x_hat``."""
+    d = x_hat - x
+    if LIKELIHOOD == "squared":
+        d = 2.0 * d
+    elif LIKELIHOOD == "absolute":
+        d = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))  # d itself: 0, or a NaN
+    else:
+        tl.static_assert(LIKELIHOOD == "bernoulli", "unknown likelihood")
+        d = 1.0 / (1.0 + tl.exp(-x_hat)) - x
+    return d
+
+
+@triton.jit
+def kld_term(mu, logvar):
+    """Divergence of one latent variable from the standard normal."""
+    return 0.5 * (mu * mu + exp(logvar) - 1.0 - logvar)
+
+
+@triton.jit
+def _tile(first, start, M, N, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offset of the row ``first`` (64 bits), offsets ``[BLOCK_M, BLOCK_N]`` from there with columns from ``start`` (32,
+    which spares registers), and the mask."""
+    rows = tl.arange(0, BLOCK_M)
+    columns = start + tl.arange(0, BLOCK_N)
+    mask = (rows < M - first)[:, None] & (columns < N)[None, :]
+    return first * stride, rows[:, None] * stride + columns[None, :], mask
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [M, N]
+    x_hat_ptr,  # [M, N]
+    mu_ptr,  # [M, L] or None
+    logvar_ptr,  # [M, L] or None
+    weight_ptr,  # [N] or None
+    error_ptr,  # [M] fp32
+    kld_ptr,  # [M] fp32, zeroed where there is no mu
+    M,
+    N,
+    L,
+    stride_x,
+    stride_x_hat,
+    stride_mu,
+    stride_logvar,
+    divisor,  # the error is divided by it
+    LIKELIHOOD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    row_mask = rows < M - first
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        base, offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        base, offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+        x_hat = tl.load(x_hat_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        term = error_term(x, x_hat, LIKELIHOOD)
+        if weight_ptr is not None:
+            term = term * tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        total += tl.where(mask, term, 0.0)
+    tl.store(error_ptr + first + rows, tl.sum(total, axis=1) / divisor, mask=row_mask)
+    if mu_ptr is not None:
+        divergence = tl.zeros([BLOCK_M, BLOCK_L], tl.float32)
+        for latent in range(0, L, BLOCK_L):
+            base, at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_L)
+            mu = tl.load(mu_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            base, at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_L)
+            logvar = tl.load(logvar_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+            divergence += tl.where(inside, kld_term(mu, logvar), 0.0)
+        tl.store(kld_ptr + first + rows, tl.sum(divergence, axis=1), mask=row_mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_error_ptr,  # [M] or None: then only the KL's gradients
+    grad_kld_ptr,  # [M] or None: then only the error's
+    x_ptr,  # [M, N]
+    x_hat_ptr,  # [M, N]
+    mu_ptr,  # [M, L] or None
+    logvar_ptr,  # [M, L] or None
+    weight_ptr,  # [N] or None
+    grad_x_ptr,  # [M, N] contiguous, or None where not wanted
+    grad_x_hat_ptr,  # [M, N] contiguous, or None
+    grad_mu_ptr,  # [M, L] contiguous, or None
+    grad_logvar_ptr,  # [M, L] contiguous, or None
+    M,
+    N,
+    L,
+    stride_grad_error,
+    stride_grad_kld,
+    stride_x,
+    stride_x_hat,
+    stride_mu,
+    stride_logvar,
+    divisor,
+    LIKELIHOOD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    start = tl.program_id(1) * BLOCK_N
+    if grad_error_ptr is not None:
+        row = tl.load(grad_error_ptr + rows * stride_grad_error, mask=rows < M, other=0.0).to(tl.float32) / divisor
+        scale = row[:, None]
+        columns = start + tl.arange(0, BLOCK_N)
+        base, offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
+        if weight_ptr is not None:
+            scale = scale * tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        base, offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+        x_hat = tl.load(x_hat_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        slope = error_slope(x, x_hat, LIKELIHOOD)
+        base, offsets, mask = _tile(first, start, M, N, N, BLOCK_M, BLOCK_N)
+        if grad_x_hat_ptr is not None:
+            tl.store(grad_x_hat_ptr + base + offsets, (scale * slope).to(grad_x_hat_ptr.dtype.element_ty), mask=mask)
+        if grad_x_ptr is not None:
+            by_x = -x_hat if LIKELIHOOD == "bernoulli" else -slope
+            tl.store(grad_x_ptr + base + offsets, (scale * by_x).to(grad_x_ptr.dtype.element_ty), mask=mask)
+    if grad_kld_ptr is not None:
+        grad_kld = tl.load(grad_kld_ptr + rows * stride_grad_kld, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        for latent in range(0, tl.where(start == 0, L, 0), BLOCK_L):
+            if grad_mu_ptr is not None:
+                base, at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_L)
+                mu = tl.load(mu_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+                base, at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_L)
+                tl.store(grad_mu_ptr + base + at, (grad_kld * mu).to(grad_mu_ptr.dtype.element_ty), mask=inside)
+            if grad_logvar_ptr is not None:
+                base, at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_L)
+                logvar = tl.load(logvar_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
+                base, at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_L)
+                grad = grad_kld * (0.5 * (exp(logvar) - 1.0))
+                tl.store(grad_logvar_ptr + base + at, grad.to(grad_logvar_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    grad_error_ptr,  # [M]
+    x_ptr,  # [M, N]
+    x_hat_ptr,  # [M, N]
+    partial_ptr,  # [splits, N] fp32
+    M,
+    N,
+    split_rows,  # rows of a split, a multiple of BLOCK_M
+    stride_grad_error,
+    stride_x,
+    stride_x_hat,
+    divisor,
+    LIKELIHOOD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    split = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    begin = split.to(tl.int64) * split_rows
+    for step in range(0, split_rows, BLOCK_M):
+        first = begin + step
+        rows = first + tl.arange(0, BLOCK_M)
+        row = tl.load(grad_error_ptr + rows * stride_grad_error, mask=rows < M, other=0.0).to(tl.float32) / divisor
+        base, offsets, mask = _tile(first, column, M, N, stride_x, BLOCK_M, BLOCK_N)
+        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        base, offsets, mask = _tile(first, column, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+        x_hat = tl.load(x_hat_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        total += tl.where(mask, row[:, None] * error_term(x, x_hat, LIKELIHOOD), 0.0)
+    columns = column + tl.arange(0, BLOCK_N)
+    tl.store(partial_ptr + split.to(tl.int64) * N + columns, tl.sum(total, axis=0), mask=columns < N)
+
+
+def tiles(features: int, latent: int) -> tuple[int, int, int]:
+    """Rows, feature columns and latent columns of one tile."""
+    block_n = min(max(triton.next_power_of_2(features), 16), 1024)
+    block_m = (TILE if block_n >= 256 else SHORT_TILE) // block_n
+    return block_m, block_n, min(max(triton.next_power_of_2(latent), 1), SHORT_TILE // block_m)
+
+
+def _by_rows(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with contiguous columns."""
+    if tensor is None or tensor.stride(1) == 1 or tensor.shape[1] == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def forward(
+    x: Tensor,
+    x_hat: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    feature_weight: Tensor | None,
+    likelihood: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`rvae_fast.reference.reconstruction_kld` for fp32, bf16 and fp16 tensors: error and kld, fp32 [rows]."""
+    rows, features = x.shape
+    # Not two rows of one tensor: compiled graphs rely on an op's results beginning at multiples of 16 bytes.
+    error, kld = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
+    if mu is None:
+        kld.zero_()
+    if not rows:
+        return error, kld
+    x, x_hat, mu, logvar = (_by_rows(t) for t in (x, x_hat, mu, logvar))  # type: ignore[assignment]
+    latent = 0 if mu is None else mu.shape[1]
+    block_m, block_n, block_l = tiles(features, latent)
+    _forward_kernel[(triton.cdiv(rows, block_m),)](
+        x, x_hat, mu, logvar, None if feature_weight is None else feature_weight.contiguous(), error, kld,
+        rows, features, latent, _stride(x), _stride(x_hat), _stride(mu), _stride(logvar),
+        float(features) if reduction == "mean" else 1.0,
+        LIKELIHOOD=likelihood, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_L=block_l, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return error, kld
+
+
+def backward(
+    grad_error: Tensor | None,
+    grad_kld: Tensor | None,
+    x: Tensor,
+    x_hat: Tensor,
+    mu: Tensor | None,
+    logvar: Tensor | None,
+    feature_weight: Tensor | None,
+    likelihood: str,
+    reduction: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """:func:`rvae_fast.reference.reconstruction_kld_backward` for fp32, bf16 and fp16 tensors."""
+    rows, features = x.shape
+    inputs = (x, x_hat, mu, logvar, feature_weight)
+    by_error = [needs[i] and grad_error is not None for i in (0, 1)]
+    by_kld = [needs[i] and grad_kld is not None and mu is not None for i in (2, 3)]
+    grads = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if wanted and t is not None else None
+        for t, wanted in zip(inputs[:4], (*by_error, *by_kld), strict=True)
+    ]
+    divisor = float(features) if reduction == "mean" else 1.0
+    x, x_hat, mu, logvar = (_by_rows(t) for t in inputs[:4])  # type: ignore[assignment]
+    weight = None if feature_weight is None else feature_weight.contiguous()
+    latent = 0 if mu is None else mu.shape[1]
+    block_m, block_n, block_l = tiles(features, latent)
+    if rows and (any(by_error) or any(by_kld)):
+        columns = triton.cdiv(features, block_n) if any(by_error) else 1
+        _backward_kernel[(triton.cdiv(rows, block_m), columns)](
+            grad_error if any(by_error) else None, grad_kld if any(by_kld) else None, x, x_hat, mu, logvar, weight,
+            *grads, rows, features, latent, _stride(grad_error), _stride(grad_kld), _stride(x), _stride(x_hat),
+            _stride(mu), _stride(logvar), divisor,
+            LIKELIHOOD=likelihood, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_L=block_l, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    results = [grad for grad in grads if grad is not None]
+    if needs[4] and grad_error is not None and feature_weight is not None:
+        splits = max(1, min(WEIGHT_SPLITS, triton.cdiv(rows, WEIGHT_BLOCK_M)))
+        split_rows = triton.cdiv(triton.cdiv(rows, splits), WEIGHT_BLOCK_M) * WEIGHT_BLOCK_M
+        partial = x.new_zeros((splits, features), dtype=torch.float32)
+        if rows:
+            _weight_gradient_kernel[(triton.cdiv(features, WEIGHT_BLOCK_N), splits)](
+                grad_error, x, x_hat, partial, rows, features, split_rows, grad_error.stride(0), _stride(x),
+                _stride(x_hat), divisor, LIKELIHOOD=likelihood, BLOCK_M=WEIGHT_BLOCK_M, BLOCK_N=WEIGHT_BLOCK_N,
+                num_warps=NUM_WARPS,
+            )  # fmt: skip
+        results.append(partial.sum(0).to(feature_weight.dtype))
+    return results
