@@ -519,27 +519,30 @@ __device__ __forceinline__ void epilogue(float (&acc)[64], const Arguments& a, f
 #if MODE == 0
     const float both = valid1 ? 0.5f : 0.0f;
 #endif
+    const int column = panel * 128 + q * 8;
+    const long long at = ((long long)row * COLUMNS + column) * 2;
+    const char* const extra = a.extra + at;
+    char* const out = a.out + at;
 #pragma unroll
     for (int group = 0; group < 4; ++group) {
-        const int column = panel * 128 + group * 32 + q * 8;
-        const long long at = ((long long)row * COLUMNS + column) * 2;
         uint4 e0 = make_uint4(0, 0, 0, 0), e1 = e0;
-        if (a.extra && valid0) e0 = load_here(a.extra + at);
-        if (a.extra && valid1) e1 = load_here(a.extra + at + 8 * COLUMNS * 2);
+        if (a.extra && valid0) e0 = load_here(extra + 64 * group);
+        if (a.extra && valid1) e1 = load_here(extra + 64 * group + 8 * COLUMNS * 2);
         u32 w0[4] = {e0.x, e0.y, e0.z, e0.w}, w1[4] = {e1.x, e1.y, e1.z, e1.w};
         float(&s)[64] = acc;
         const int base = 16 * group;
         float t0[8], t1[8];  // what takes the accumulators' places
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            __syncwarp();  // keeps the second half's loads behind the first half: registers are short
 #if MODE == 0
             float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (a.bias) bias = load_columns_here(a.bias + column + 4 * half);
+            if (a.bias) bias = load_columns_here(a.bias + column + 32 * group + 4 * half);
             const float b[4] = {bias.x, bias.y, bias.z, bias.w};
 #else
-            const float4 mean4 = load_columns_here(a.out_norm + column + 4 * half);
-            const float4 scale4 = load_columns_here(a.out_norm + 3 * COLUMNS + column + 4 * half);
-            const float4 shift4 = load_columns_here(a.out_norm + 4 * COLUMNS + column + 4 * half);
+            const float4 mean4 = load_columns_here(a.out_norm + column + 32 * group + 4 * half);
+            const float4 scale4 = load_columns_here(a.out_norm + 3 * COLUMNS + column + 32 * group + 4 * half);
+            const float4 shift4 = load_columns_here(a.out_norm + 4 * COLUMNS + column + 32 * group + 4 * half);
             const float mean[4] = {mean4.x, mean4.y, mean4.z, mean4.w};
             const float scale[4] = {scale4.x, scale4.y, scale4.z, scale4.w};
             const float shift[4] = {shift4.x, shift4.y, shift4.z, shift4.w};
@@ -580,8 +583,8 @@ __device__ __forceinline__ void epilogue(float (&acc)[64], const Arguments& a, f
 #endif
             }
         }
-        if (valid0) store_here(a.out + at, w0[0], w0[1], w0[2], w0[3]);
-        if (valid1) store_here(a.out + at + 8 * COLUMNS * 2, w1[0], w1[1], w1[2], w1[3]);
+        if (valid0) store_here(out + 64 * group, w0[0], w0[1], w0[2], w0[3]);
+        if (valid1) store_here(out + 64 * group + 8 * COLUMNS * 2, w1[0], w1[1], w1[2], w1[3]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             acc[base + i] = t0[i];
@@ -637,76 +640,74 @@ __device__ __forceinline__ void fill(const Arguments& a, u32 stages, u32 full, u
 }
 
 __device__ __forceinline__ void consume(const Arguments& a, u32 slots, u32 slot_full, u32 slot_empty, u32 stages,
-                                        u32 stage_full, u32 stage_empty, float* scratch, int first, int step) {
-    const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 7;  // warp of the pair: 16 rows
-    const u32 pair = threadIdx.x >> 8, rows_at = (warp >> 2) * 8192;   // 64 rows of 128 bytes
-    const int rank = cluster_rank();
-    Ring slot = {0, 0}, stage = {0, 0};
-    u32 turn = 0;
-    if (threadIdx.x == 0 && first - rank < a.tiles) {
-        #if RESIDENT
+                                        u32 stage_full, u32 stage_empty, float* scratch) {
+    const u32 pair = threadIdx.x >> 8;
+    if (threadIdx.x == 0 && (int)(blockIdx.x - cluster_rank()) < a.tiles) {
+#if RESIDENT
         const int ready = STAGES;
 #else
         const int ready = AHEAD;
 #endif
         for (int i = 0; i < ready; ++i) fill(a, stages, stage_full, i, i);
     }
-    float acc[64];
-    for (int tile = first; tile - rank < a.tiles; tile += step) {
+    // The CTA's panels, counted through all of its tiles: every other one is the pair's. All else follows from the
+    // number, so that little is kept in registers through the epilogue.
 #pragma unroll 1
-        for (int panel = 0; panel < PANELS; ++panel, turn ^= 1) {
-            if (turn != pair) {
-                if (!RESIDENT) stage.advance<STAGES>(KC);
-                continue;
-            }
-            const bool frees = panel + 2 >= PANELS;  // the pair's last panel of this tile
-            Ring at = slot;
-            u32 old_slot = 0, old_stage = 0;
-            if (RESIDENT) stage.index = panel * KC;
-#pragma unroll 1
-            for (int kc = 0; kc < KC; ++kc) {
-                barrier_wait(slot_full + at.index * 8, at.phase);
-                barrier_wait(stage_full + stage.index * 8, stage.phase);
-                const u64 da = descriptor(slots + at.index * BLOCK + rows_at);
-                const u64 db = descriptor(stages + stage.index * BLOCK);
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < 4; ++k) wgmma(acc, da + 2 * k, db + 2 * k, kc > 0 || k > 0);
-                wgmma_commit();
-                if (kc > 0) {
-                    wgmma_wait<1>();  // what the step before read is free
-                    if (!RESIDENT && lane < CL) barrier_arrive_at(stage_empty + old_stage * 8, lane);
-                    if (frees && lane == 0) barrier_arrive(slot_empty + old_slot * 8);
-                }
-#if !RESIDENT
-                if (lane == 0 && warp == 0) {  // copy into the stage that the step before the last one has read
-                    int block = panel * KC + kc + AHEAD;
-                    const bool wraps = block >= PANELS * KC;
-                    if (wraps) block -= PANELS * KC;
-                    if (!wraps || tile + step - rank < a.tiles) {
-                        Ring next = stage;
-                        next.advance<STAGES>(AHEAD);
-                        barrier_wait(stage_empty + next.index * 8, next.phase ^ 1);
-                        fill(a, stages, stage_full, next.index, block);
-                    }
-                }
+    for (u32 n = pair;; n += 2) {
+        const u32 turn = n / PANELS, panel = n % PANELS;
+        const int tile = blockIdx.x + turn * gridDim.x;
+        if (tile - (int)cluster_rank() >= a.tiles) break;
+        const bool frees = panel + 2 >= PANELS;  // the pair's last panel of this tile
+        Ring slot = {turn * KC % SLOTS, turn * KC / SLOTS & 1};
+#if RESIDENT
+        Ring stage = {panel * KC, 0};
+#else
+        Ring stage = {n * KC % STAGES, n * KC / STAGES & 1};
 #endif
-                __syncwarp();
-                old_slot = at.index;
-                old_stage = stage.index;
-                at.advance<SLOTS>(1);
-                if (RESIDENT) {
-                    ++stage.index;
-                } else {
-                    stage.advance<STAGES>(1);
+        const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 7;  // warp of the pair: 16 rows
+        const u32 rows_at = (warp >> 2) * 8192;                            // 64 rows of 128 bytes
+        u32 old_slot = 0, old_stage = 0;
+        float acc[64];
+#pragma unroll
+        for (int i = 0; i < 64; ++i) acc[i] = 0.0f;  // or ptxas takes the old ones to be alive through the epilogue
+#pragma unroll 1
+        for (int kc = 0; kc < KC; ++kc) {
+            barrier_wait(slot_full + slot.index * 8, slot.phase);
+            barrier_wait(stage_full + stage.index * 8, stage.phase);
+            const u64 da = descriptor(slots + slot.index * BLOCK + rows_at);
+            const u64 db = descriptor(stages + stage.index * BLOCK);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < 4; ++k) wgmma(acc, da + 2 * k, db + 2 * k, 1);
+            wgmma_commit();
+            if (kc > 0) {
+                wgmma_wait<1>();  // what the step before read is free
+                if (!RESIDENT && lane < CL) barrier_arrive_at(stage_empty + old_stage * 8, lane);
+                if (frees && lane == 0) barrier_arrive(slot_empty + old_slot * 8);
+            }
+#if !RESIDENT
+            if (lane == 0 && warp == 0) {  // copy into the stage that the step before the last one has read
+                int block = panel * KC + kc + AHEAD;
+                const bool wraps = block >= PANELS * KC;
+                if (wraps) block -= PANELS * KC;
+                if (!wraps || tile + (int)(gridDim.x - cluster_rank()) < a.tiles) {
+                    Ring next = stage;
+                    next.advance<STAGES>(AHEAD);
+                    barrier_wait(stage_empty + next.index * 8, next.phase ^ 1);
+                    fill(a, stages, stage_full, next.index, block);
                 }
             }
-            wgmma_wait<0>();
-            if (!RESIDENT && lane < CL) barrier_arrive_at(stage_empty + old_stage * 8, lane);
-            if (frees && lane == 0) barrier_arrive(slot_empty + old_slot * 8);
-            epilogue(acc, a, scratch, tile, panel);
+#endif
+            __syncwarp();
+            old_slot = slot.index;
+            old_stage = stage.index;
+            slot.advance<SLOTS>(1);
+            stage.advance<STAGES>(1);
         }
-        slot.advance<SLOTS>(KC);
+        wgmma_wait<0>();
+        if (!RESIDENT && lane < CL) barrier_arrive_at(stage_empty + old_stage * 8, lane);
+        if (frees && lane == 0) barrier_arrive(slot_empty + old_slot * 8);
+        epilogue(acc, a, scratch, tile, panel);
     }
 }
 
@@ -792,7 +793,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int first = blockIdx.x, step = gridDim.x;
     if (threadIdx.x < CONSUMERS) {
         CONSUMER_REGISTERS;
-        consume(a, slots, slot_full, slot_empty, stages, stage_full, stage_empty, scratch, first, step);
+        consume(a, slots, slot_full, slot_empty, stages, stage_full, stage_empty, scratch);
     } else {
         PRODUCER_REGISTERS;
         produce(a, slots, slot_full, slot_empty, first, step);
