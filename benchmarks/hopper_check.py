@@ -1,13 +1,14 @@
 """Check and time the CUDA C++ layer kernels of ``kernels/hopper`` on a Hopper GPU, in about a minute.
 
-``python benchmarks/hopper_check.py`` runs every step in a process of its own with a time limit, so that an illegal access
-or a deadlock in one leaves the others alone; the correctness steps side by side, then the timings one by one.
+``python benchmarks/hopper_check.py`` runs every step in a process of its own with a time limit, so that an illegal
+access or a deadlock in one leaves the others alone; the correctness steps side by side, then the timings one by one.
 ``--compile`` only compiles what the steps need (no GPU), into ``build/hopper`` where later runs find it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import statistics
 import subprocess
@@ -21,22 +22,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "kernels"))
 os.environ.setdefault("RVAE_FAST_HOPPER_CACHE", str(ROOT / "build" / "hopper"))
 
-import torch  # noqa: E402
-
 import hopper  # noqa: E402
+import torch  # noqa: E402
 from hopper import build  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 CHECKED = ("-DHOPPER_CHECK",)
 #: What the correctness steps run: (rows, sum, columns), activation.
 SHAPES = (
-    ((128, 128, 128), "identity"), ((1, 128, 128), "relu"), ((37, 256, 256), "leaky_relu"), ((999, 128, 128), "silu"),
-    ((999, 512, 512), "leaky_relu"), ((4096, 256, 256), "silu"), ((4096, 512, 512), "relu"), ((4096, 384, 384), "gelu"),
-    ((40001, 512, 512), "elu"), ((40000, 128, 128), "tanh"), ((40001, 256, 256), "leaky_relu"), ((300, 256, 512), "relu"),
+    ((128, 128, 128), "identity"), ((1, 128, 128), "relu"), ((37, 256, 256), "leaky_relu"),
+    ((999, 128, 128), "silu"), ((999, 512, 512), "leaky_relu"), ((4096, 256, 256), "silu"),
+    ((4096, 512, 512), "relu"), ((4096, 384, 384), "gelu"), ((40001, 512, 512), "elu"),
+    ((40000, 128, 128), "tanh"), ((40001, 256, 256), "leaky_relu"), ((300, 256, 512), "relu"),
 )  # fmt: skip
-#: Options whose timings are compared.
-TIMED = ("leaky_relu",)
-VARIANTS: tuple[tuple[int, tuple[str, ...]], ...] = ((2, ()), (1, ()), (2, ("-DNO_PREFETCH",)))
+#: Variants that are timed: CTAs of a cluster and further options.
+VARIANTS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
+    "forward": ((2, ()), (1, ()), (2, ("-DNO_PREFETCH",)), (2, ("-DPIECE=2",))),
+    "dgrad": ((2, ()), (1, ()), (2, ("-DNO_PREFETCH",)), (2, ("-DPIECE=1",))),
+}
 
 
 def say(*text: Any) -> None:
@@ -110,12 +113,13 @@ def backward_reference(case: dict[str, Any], act: str) -> tuple[torch.Tensor, to
     norm = case["norm"].double()
     a = ((case["x"].double() - norm[0]) * norm[3] + norm[4]).requires_grad_()
     slope = torch.autograd.grad(activation(a, act).sum(), a)[0]
-    return grad_y, p * slope, (used.abs() @ case["weight"].double().abs()) * slope.abs()
+    size = (used.abs() @ case["weight"].double().abs()) * slope.abs()
+    return grad_y, p * slope, torch.where(a.abs() < 1e-5, p.abs() * 2**10, size)  # beside a kink either slope may do
 
 
-def off(got: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor | float) -> tuple[float, str]:
+def off(got: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor | float, unit: float = 2**-8) -> str:
     """Largest error against what rounding allows (1 is the limit), and where."""
-    error = (got.double() - wanted.double()).abs() / (wanted.double().abs() * 2**-8 + size * 2**-9 + 1e-6)
+    error = (got.double() - wanted.double()).abs() / ((wanted.double().abs() + size * 0.5) * unit + 1e-6)
     error = torch.where(error.isnan(), torch.full_like(error, 1e9), error)
     worst = int(error.argmax())
     width = got.shape[-1]
@@ -125,7 +129,7 @@ def off(got: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor | float) -> 
         at = [(int(i) // width, int(i) % width) for i in bad[:4]]
         value = (float(got.flatten()[worst]), float(wanted.flatten()[worst]))
         text += f" WRONG {len(bad)} of {error.numel()}, first at {at}, worst {divmod(worst, width)}: {value}"
-    return float(error.max()), text
+    return text
 
 
 def tile_moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,26 +177,23 @@ def step_probe() -> None:
     a = torch.randint(-4, 5, (64, 64), device=DEVICE).bfloat16()
     packed = hopper.pack_weight(block)
     wanted = (a.float() @ block[:, :64].float().t())[:, packing(torch.arange(128)).to(DEVICE)]
-    import ctypes
-
+    # The upper half of the descriptors: as built, and others that are tried if that is wrong.
+    kinds = (("as built", 64, 1, 1), ("LBO 0", 64, 0, 1), ("SBO 1", 1, 64, 1), ("SBO 128", 128, 1, 1), ("32", 64, 1, 2))
     for cluster in (1, 2):
         define = ("-DPROBE", *hopper.defines(0, "identity", 128, 128, cluster))
-        run = build.kernel("layer.cu", "probe", define, 2 * hopper.BLOCK + 64, 0)
-        for name, sbo, lbo, layout in (
-            ("as built", 64, 1, 1), ("LBO 0", 64, 0, 1), ("SBO 1", 1, 64, 1), ("SBO 128", 128, 1, 1), ("layout 2", 64, 1, 2),
-        ):  # fmt: skip
+        run = build.kernel("layer.cu", "probe", define, 6 * hopper.BLOCK, 0)
+        for name, sbo, lbo, layout in kinds:
             out = torch.full((64, 128), -999.0, device=DEVICE)
             copied = torch.zeros(cluster, 8192, device=DEVICE, dtype=torch.bfloat16)
-            high = (layout << 62) | (sbo << 32) | (lbo << 16)
-            run(
-                (cluster, 1), 128, *(ctypes.c_void_p(t.data_ptr()) for t in (a, packed, out, copied)),
-                ctypes.c_ulonglong(high),
-            )  # fmt: skip
+            pointers = (ctypes.c_void_p(t.data_ptr()) for t in (a, packed, out, copied))
+            run((cluster, 1), 128, *pointers, ctypes.c_ulonglong((layout << 62) | (sbo << 32) | (lbo << 16)))
             torch.cuda.synchronize()
             right = [torch.equal(c, packed[:8192]) for c in copied]
-            wrong = (out != wanted).nonzero()
-            say(f"probe: cluster {cluster}, {name}: copies {right}, product {len(wrong)} of 8192 wrong")
-            if name == "as built" and len(wrong):
+            wrong = int((out != wanted).sum())
+            say(f"probe: cluster {cluster}, {name}: copies {right}, {wrong} products of 8192 wrong")
+            if not wrong:
+                break
+            if name == "as built":
                 say("  got     ", out[0, :12].tolist(), out[8, :4].tolist())
                 say("  expected", wanted[0, :12].tolist(), wanted[8, :4].tolist())
 
@@ -209,10 +210,9 @@ def step_forward(cluster: int) -> None:
         y, moments = hopper.hopper_forward(**case, weight=weight, activation=act, cluster=cluster, extra=CHECKED)
         torch.cuda.synchronize()
         wanted, size = forward_reference({**case, "weight": weight}, act)
-        text = [off(y, wanted, size)[1]]
+        text = [off(y, wanted, size)]
         for got, exact in zip(moments[:2], tile_moments(y), strict=True):
-            scale = 1e-3 if got is moments[0] else 0.1
-            text.append(off(got, exact, scale)[1])
+            text.append(off(got, exact, 1.0, 2e-5))
         again = hopper.hopper_forward(**case, weight=weight, activation=act, cluster=cluster, extra=CHECKED)
         same = torch.equal(again[0], y) and torch.equal(again[1][1], moments[1])
         say(f"forward cl{cluster} {shape} {act}: y {text[0]}; mean {text[1]}; m2 {text[2]}; repeats {same}"
@@ -232,7 +232,7 @@ def step_dgrad(cluster: int) -> None:
         parts = zip(d.double().split(128), case["x"].double().split(128), strict=True)
         norm = case["norm"].double()
         exact = torch.stack([torch.stack([p.sum(0), (p * (x - norm[0]) * norm[1]).sum(0)]) for p, x in parts], 1)
-        text = [off(grad_y, wanted_y, 1e-3)[1], off(d, wanted, size)[1], off(sums, exact, 0.1)[1]]
+        text = [off(grad_y, wanted_y, 1e-3), off(d, wanted, size), off(sums, exact, 20.0, 2e-5)]
         say(f"dgrad cl{cluster} {shape} {act}: grad_y {text[0]}; d {text[1]}; sums {text[2]}")
 
 
@@ -257,54 +257,41 @@ def seconds(function: Callable[[], Any], launches: int = 8, replays: int = 5) ->
     return statistics.median(times)
 
 
+def time_shape(kernel: str, rows: int, width: int) -> None:
+    # Launches of a graph work on several sets of tensors, as the layers of a stack do.
+    cases = [(forward_case if kernel == "forward" else backward_case)(rows, width, width) for _ in range(3)]
+    weight, source = cases[0]["weight"], cases[0]["x"]
+    packed = hopper.pack_weight(weight, kernel == "dgrad")
+    function: Callable[..., Any] = hopper.hopper_forward if kernel == "forward" else hopper.hopper_dgrad
+    optional = "residual" if kernel == "forward" else "skip_grad"
+    turn = [0]
+
+    def run(**changes: Any) -> None:
+        turn[0] = (turn[0] + 1) % len(cases)
+        function(**{**cases[turn[0]], "activation": "leaky_relu", "packed": packed, **changes})
+
+    text = []
+    try:
+        for i, (cluster, extra) in enumerate(VARIANTS[kernel]):
+            options: dict[str, Any] = {"cluster": cluster, "extra": extra}
+            name = f"cluster {cluster}" + "".join(e.replace("-D", " ") for e in extra)
+            text.append(f"{name} {seconds(lambda o=options: run(**o)) * 1e6:.1f}")
+            bare = options | {optional: None}
+            text.append(f"no {optional} {seconds(lambda o=bare: run(**o)) * 1e6:.1f}")
+            if i == 0 and kernel == "forward":
+                bare["moments"] = False
+                text.append(f"no moments either {seconds(lambda o=bare: run(**o)) * 1e6:.1f}")
+        out, bias = torch.empty_like(source), torch.zeros(width, device=DEVICE, dtype=torch.bfloat16)
+        text.append(f"addmm {seconds(lambda: torch.addmm(bias, source, weight.t(), out=out)) * 1e6:.1f}")
+        text.append(f"pack {seconds(lambda: hopper.pack_weight(weight, kernel == 'dgrad', packed)) * 1e6:.1f}")
+        text.append(f"copy {seconds(lambda: out.copy_(source)) * 1e6:.1f}")
+    finally:
+        say(f"time {kernel} {rows}x{width}, us: " + "; ".join(text))
+
+
 def step_time(kernel: str) -> None:
     for rows, width in ((65536, 512), (65536, 256), (65536, 128), (8192, 512)):
-        # Every launch of a graph works on tensors of its own, as the layers of a stack do.
-        cases = [(forward_case if kernel == "forward" else backward_case)(rows, width, width) for _ in range(3)]
-        turn = [0]
-
-        def run(turn: list[int] = turn, cases: list[Any] = cases, **changes: Any) -> Any:
-            turn[0] = (turn[0] + 1) % len(cases)
-            case = {**cases[turn[0]], **{k: v for k, v in changes.items() if k in cases[0]}}
-            other = {k: v for k, v in changes.items() if k not in cases[0]}
-            function = hopper.hopper_forward if kernel == "forward" else hopper.hopper_dgrad
-            return function(**case, activation="leaky_relu", **other)
-
-        packed = hopper.pack_weight(cases[0]["weight"], kernel == "dgrad")
-        text = []
-        for cluster, extra in VARIANTS:
-            try:
-                name = f"cl{cluster}{''.join(extra)[2:]}"
-                if kernel == "forward":
-                    plain = seconds(lambda c=cluster, e=extra: run(packed=packed, cluster=c, extra=e, residual=None))
-                    text.append(f"{name} no residual {plain * 1e6:.1f}")
-                    if (cluster, extra) == VARIANTS[0]:
-                        bare = seconds(
-                            lambda c=cluster, e=extra: run(
-                                packed=packed, cluster=c, extra=e, residual=None, moments=False
-                            )
-                        )
-                        text.append(f"and no moments {bare * 1e6:.1f}")
-                else:
-                    plain = seconds(lambda c=cluster, e=extra: run(packed=packed, cluster=c, extra=e, skip_grad=None))
-                    text.append(f"{name} no skip {plain * 1e6:.1f}")
-                text.append(
-                    f"{name} {seconds(lambda c=cluster, e=extra: run(packed=packed, cluster=c, extra=e)) * 1e6:.1f}"
-                )
-            except Exception as error:
-                text.append(f"cl{cluster} {extra}: {type(error).__name__}: {str(error)[:200]}")
-                say(f"time {kernel} {rows}x{width}, us: " + "; ".join(text))
-                raise
-        case, weight = cases[0], cases[0]["weight"]
-        out = torch.empty(rows, width, device=DEVICE, dtype=torch.bfloat16)
-        source, bias = case["x"], torch.zeros(width, device=DEVICE, dtype=torch.bfloat16)
-        if kernel == "forward":
-            text.append(f"addmm {seconds(lambda: torch.addmm(bias, source, weight.t(), out=out)) * 1e6:.1f}")
-            text.append(f"pack {seconds(lambda: hopper.pack_weight(weight, out=packed)) * 1e6:.1f}")
-            text.append(f"copy {seconds(lambda: out.copy_(source)) * 1e6:.1f}")
-        else:
-            text.append(f"mm {seconds(lambda: torch.mm(source, weight, out=out)) * 1e6:.1f}")
-        say(f"time {kernel} {rows}x{width}, us: " + "; ".join(text))
+        time_shape(kernel, rows, width)
 
 
 def step_nvrtc() -> None:
@@ -337,10 +324,9 @@ def compile_all() -> None:
                 build.compiled("layer.cu", hopper.defines(mode, act, *sizes, cluster, CHECKED))
                 done += 1
         for width in (128, 256, 512):
-            for cluster, extra in VARIANTS:
-                for act in TIMED:
-                    build.compiled("layer.cu", hopper.defines(mode, act, width, width, cluster, extra))
-                    done += 1
+            for cluster, extra in VARIANTS[("forward", "dgrad")[mode]]:
+                build.compiled("layer.cu", hopper.defines(mode, "leaky_relu", width, width, cluster, extra))
+                done += 1
     say(f"compiled {done} kernels in {time.monotonic() - began:.0f} s")
 
 

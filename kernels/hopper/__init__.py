@@ -79,6 +79,8 @@ def pack_weight(weight: Tensor, transpose: bool = False, out: Tensor | None = No
     bf16 [..., out * in]
     """
     height, inner = weight.shape[-2:]
+    if height not in WIDTHS or inner not in WIDTHS:
+        raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {height}")
     if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
         raise ValueError("weights must be contiguous, fp32 or bf16")
     if out is None:
@@ -86,11 +88,9 @@ def pack_weight(weight: Tensor, transpose: bool = False, out: Tensor | None = No
     columns, total = (inner, height) if transpose else (height, inner)
     with torch.cuda.device(weight.device):
         run = build.kernel("pack.cu", "pack_weight", (), 0, weight.device.index)
-        count = weight.numel() // (height * inner)
-        run(
-            (-(-columns * total // 8 // 256), count), 256, ctypes.c_void_p(weight.data_ptr()),
-            ctypes.c_void_p(out.data_ptr()), *map(ctypes.c_int, (columns, total, transpose, weight.dtype == torch.float32)),
-        )  # fmt: skip
+        grid = (columns * total // 8 // 256, weight.numel() // (height * inner))
+        sizes = (columns, total, transpose, weight.dtype == torch.float32)
+        run(grid, 256, *(ctypes.c_void_p(t.data_ptr()) for t in (weight, out)), *map(ctypes.c_int, sizes))
     return out
 
 

@@ -1,7 +1,7 @@
 """Compile the .cu files beside this one for sm_90a, load them and launch them, through the driver's C interface.
 
-Binaries are kept in a folder (``RVAE_FAST_HOPPER_CACHE``, by default the user's cache) under a hash of source and options.
-They come from nvcc where there is one, otherwise from NVRTC, the compiler library that PyTorch brings along.
+Binaries are kept in a folder (``RVAE_FAST_HOPPER_CACHE``, by default the user's cache) under a hash of source and
+options. They come from nvcc where there is one, otherwise from NVRTC, the compiler library that PyTorch brings along.
 """
 
 from __future__ import annotations

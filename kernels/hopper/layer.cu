@@ -56,10 +56,8 @@ typedef unsigned long long u64;
 #define CONSUMER_REGISTERS
 #define PRODUCER_REGISTERS
 #endif
-#if MODE == 0
-#define PIECE 4  // 16-byte vectors a producer thread holds of each input; two pieces are in flight
-#else
-#define PIECE 2
+#ifndef PIECE  // 16-byte vectors a producer thread holds of each input (two pieces are in flight): 1, 2 or 4
+#define PIECE (MODE == 0 ? 4 : 2)
 #endif
 
 // ---------------------------------------------------------------------------------------------------- PTX in functions
@@ -100,7 +98,7 @@ __device__ __forceinline__ bool barrier_try(u32 bar, u32 parity) {
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
 #ifdef HOPPER_CHECK  // turn a deadlock into an error
     for (u32 tries = 0; !barrier_try(bar, parity); ++tries)
-        if (tries > (1u << 22)) __trap();
+        if (tries > (1u << 20)) __trap();
 #else
     while (!barrier_try(bar, parity)) {
     }
@@ -223,6 +221,11 @@ __device__ __forceinline__ float4 load_columns_here(const float* p) {
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                  : "l"(p)
                  : "memory");
+    return v;
+}
+__device__ __forceinline__ float2 load_pair_here(const float* p) {
+    float2 v;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
     return v;
 }
 __device__ __forceinline__ void store_here(void* p, u32 x, u32 y, u32 z, u32 w) {
@@ -485,7 +488,8 @@ __device__ __forceinline__ void produce(const Arguments& a, u32 slots, u32 full,
 // Column i of 32 has its place at 16 * (i / 8) + i % 8.
 __device__ __forceinline__ constexpr int place(int i) { return 16 * (i / 8) + i % 8; }
 
-template <int HALF>
+// FIRST .. LAST of the columns that are left.
+template <int HALF, int FIRST, int LAST>
 __device__ __forceinline__ void fold(float (&acc)[64], u32 lane, u32 bit, float& count) {
     const bool upper = lane & bit;
     const float other = __shfl_xor_sync(0xffffffffu, count, bit);
@@ -496,7 +500,7 @@ __device__ __forceinline__ void fold(float (&acc)[64], u32 lane, u32 bit, float&
 #endif
     count = total;
 #pragma unroll
-    for (int i = 0; i < HALF; ++i) {
+    for (int i = FIRST; i < LAST; ++i) {
         const int from = place(i), to = place(i + HALF);
         float mine0 = upper ? acc[to] : acc[from], mine1 = upper ? acc[to + 8] : acc[from + 8];
         const float send0 = upper ? acc[from] : acc[to], send1 = upper ? acc[from + 8] : acc[to + 8];
@@ -524,7 +528,8 @@ __device__ __forceinline__ void epilogue(float (&acc)[64], const Arguments& a, f
     const char* const extra = a.extra + at;
     char* const out = a.out + at;
 #pragma unroll
-    for (int group = 0; group < 4; ++group) {
+    for (int step = 0; step < 4; ++step) {
+        const int group = step == 1 ? 2 : step == 2 ? 1 : step;
         uint4 e0 = make_uint4(0, 0, 0, 0), e1 = e0;
         if (a.extra && valid0) e0 = load_here(extra + 64 * group);
         if (a.extra && valid1) e1 = load_here(extra + 64 * group + 8 * COLUMNS * 2);
@@ -539,16 +544,15 @@ __device__ __forceinline__ void epilogue(float (&acc)[64], const Arguments& a, f
             float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (a.bias) bias = load_columns_here(a.bias + column + 32 * group + 4 * half);
             const float b[4] = {bias.x, bias.y, bias.z, bias.w};
-#else
-            const float4 mean4 = load_columns_here(a.out_norm + column + 32 * group + 4 * half);
-            const float4 scale4 = load_columns_here(a.out_norm + 3 * COLUMNS + column + 32 * group + 4 * half);
-            const float4 shift4 = load_columns_here(a.out_norm + 4 * COLUMNS + column + 32 * group + 4 * half);
-            const float mean[4] = {mean4.x, mean4.y, mean4.z, mean4.w};
-            const float scale[4] = {scale4.x, scale4.y, scale4.z, scale4.w};
-            const float shift[4] = {shift4.x, shift4.y, shift4.z, shift4.w};
 #endif
 #pragma unroll
             for (int jj = 0; jj < 2; ++jj) {
+#if MODE == 1
+                const float* const norm = a.out_norm + column + 32 * group + 4 * half + 2 * jj;
+                const float2 mean = load_pair_here(norm), scale = load_pair_here(norm + 3 * COLUMNS);
+                const float2 shift = load_pair_here(norm + 4 * COLUMNS);
+                __syncwarp();
+#endif
                 const int j = 2 * half + jj;  // columns 2 j, 2 j + 1 of the 8
                 const u32 in0 = w0[j], in1 = w1[j];
 #if MODE == 0
@@ -565,13 +569,12 @@ __device__ __forceinline__ void epilogue(float (&acc)[64], const Arguments& a, f
                 t1[2 * j] = d0 * both * d0;
                 t1[2 * j + 1] = d1 * both * d1;
 #else
-                const float x00 = low(in0) - mean[2 * jj], x01 = high(in0) - mean[2 * jj + 1];
-                const float x10 = low(in1) - mean[2 * jj], x11 = high(in1) - mean[2 * jj + 1];
-                const float c0 = scale[2 * jj], c1 = scale[2 * jj + 1], h0 = shift[2 * jj], h1 = shift[2 * jj + 1];
-                u32 d0 = pack(activate_backward(s[base + 4 * j], x00 * c0 + h0, a.slope),
-                              activate_backward(s[base + 4 * j + 1], x01 * c1 + h1, a.slope));
-                u32 d1 = pack(activate_backward(s[base + 4 * j + 2], x10 * c0 + h0, a.slope),
-                              activate_backward(s[base + 4 * j + 3], x11 * c1 + h1, a.slope));
+                const float x00 = low(in0) - mean.x, x01 = high(in0) - mean.y;
+                const float x10 = low(in1) - mean.x, x11 = high(in1) - mean.y;
+                u32 d0 = pack(activate_backward(s[base + 4 * j], x00 * scale.x + shift.x, a.slope),
+                              activate_backward(s[base + 4 * j + 1], x01 * scale.y + shift.y, a.slope));
+                u32 d1 = pack(activate_backward(s[base + 4 * j + 2], x10 * scale.x + shift.x, a.slope),
+                              activate_backward(s[base + 4 * j + 3], x11 * scale.y + shift.y, a.slope));
                 if (!valid0) d0 = 0;
                 if (!valid1) d1 = 0;
                 w0[j] = d0;
@@ -590,13 +593,23 @@ __device__ __forceinline__ void epilogue(float (&acc)[64], const Arguments& a, f
             acc[base + i] = t0[i];
             acc[base + 8 + i] = t1[i];
         }
+#if MODE == 1
+        if (step == 1) {  // groups 0 and 2 are done: this frees registers
+            float unused = 0.0f;
+            fold<16, 0, 8>(acc, lane, 16, unused);
+        }
+#endif
     }
     if (!a.column0) return;
 
     float count = (valid0 ? 1.0f : 0.0f) + (valid1 ? 1.0f : 0.0f);
-    fold<16>(acc, lane, 16, count);
-    fold<8>(acc, lane, 8, count);
-    fold<4>(acc, lane, 4, count);
+#if MODE == 0
+    fold<16, 0, 16>(acc, lane, 16, count);
+#else
+    fold<16, 8, 16>(acc, lane, 16, count);
+#endif
+    fold<8, 0, 8>(acc, lane, 8, count);
+    fold<4, 0, 4>(acc, lane, 4, count);
     // Bits 4 and 3 chose the group of 32 columns, bit 2 four of the 8 columns: 4 numbers of each kind are left.
     const u32 kept = ((lane >> 4) & 1) * 64 + ((lane >> 3) & 1) * 32 + q * 8 + ((lane >> 2) & 1) * 4;
     float* const mine = scratch + pair * 2048;
