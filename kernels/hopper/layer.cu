@@ -157,6 +157,11 @@ __device__ __forceinline__ void set_registers_down() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// A pair hands the tensor cores to the other one. Without this order a pair would wait for phases of barriers that are
+// more than one ahead, which parities cannot tell from those that are over.
+__device__ __forceinline__ void turn_wait(u32 pair) { asm volatile("bar.sync %0, 512;" ::"r"(pair + 3) : "memory"); }
+__device__ __forceinline__ void turn_give(u32 pair) { asm volatile("bar.arrive %0, 512;" ::"r"(pair + 3) : "memory"); }
+
 // K-major, 128-byte swizzle: 8 rows of 128 bytes are 1024 bytes apart from the next 8.
 #ifndef DESCRIPTOR_HIGH
 #define DESCRIPTOR_HIGH ((1ull << 62) | (64ull << 32) | (1ull << 16))
@@ -683,6 +688,7 @@ __device__ __forceinline__ void consume(const Arguments& a, u32 slots, u32 slot_
         float acc[64];
 #pragma unroll
         for (int i = 0; i < 64; ++i) acc[i] = 0.0f;  // or ptxas takes the old ones to be alive through the epilogue
+        if (n > 0) turn_wait(pair);
 #pragma unroll 1
         for (int kc = 0; kc < KC; ++kc) {
             barrier_wait(slot_full + slot.index * 8, slot.phase);
@@ -693,6 +699,8 @@ __device__ __forceinline__ void consume(const Arguments& a, u32 slots, u32 slot_
 #pragma unroll
             for (int k = 0; k < 4; ++k) wgmma(acc, da + 2 * k, db + 2 * k, 1);
             wgmma_commit();
+            if (kc + 1 == KC && (panel + 1 < PANELS || tile + (int)(gridDim.x - cluster_rank()) < a.tiles))
+                turn_give(pair ^ 1);  // if there is a next panel
             if (kc > 0) {
                 wgmma_wait<1>();  // what the step before read is free
                 if (!RESIDENT && lane < CL) barrier_arrive_at(stage_empty + old_stage * 8, lane);
