@@ -38,7 +38,7 @@ SHAPES = (
 #: Variants that are timed: CTAs of a cluster and further options.
 VARIANTS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
     "forward": ((2, ()), (1, ()), (2, ("-DNO_PREFETCH",)), (2, ("-DPIECE=2",))),
-    "dgrad": ((2, ()), (1, ()), (2, ("-DNO_PREFETCH",)), (2, ("-DPIECE=1",))),
+    "dgrad": ((2, ()), (1, ()), (2, ("-DNO_PREFETCH",)), (2, ("-DPIECE=2",))),
 }
 
 

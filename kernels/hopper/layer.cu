@@ -57,7 +57,7 @@ typedef unsigned long long u64;
 #define PRODUCER_REGISTERS
 #endif
 #ifndef PIECE  // 16-byte vectors a producer thread holds of each input (two pieces are in flight): 1, 2 or 4
-#define PIECE (MODE == 0 ? 4 : 2)
+#define PIECE (MODE == 0 ? 4 : 1)
 #endif
 
 // ---------------------------------------------------------------------------------------------------- PTX in functions
@@ -323,7 +323,7 @@ struct Ring {  // a place in a ring of barriers and the parity of its phase
     template <int SIZE>
     __device__ __forceinline__ void advance(u32 by) {
         index += by;
-        while (index >= SIZE) {
+        if (index >= SIZE) {  // by <= SIZE
             index -= SIZE;
             phase ^= 1;
         }
@@ -765,7 +765,7 @@ extern "C" __global__ void __launch_bounds__(128, 1)
     for (u32 tries = 0; !barrier_try(bar, 0); ++tries)
         if (tries > (1u << 20)) __trap();
     float acc[64];
-    const u64 da = high | (slot >> 4), db = high | (stage >> 4);
+    const u64 da = high | ((slot & 0x3ffff) >> 4), db = high | ((stage & 0x3ffff) >> 4);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma(acc, da + 2 * k, db + 2 * k, k > 0);
