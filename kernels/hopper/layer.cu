@@ -7,8 +7,9 @@
 // MODE 1, backward: prologue  grad_y = scale * g - b - (y - mean) * c + skip_grad, rounded to bf16 and stored
 //                   epilogue  d = product * activation'((x - mean) * scale + shift); column sums of d and of d * xhat
 //
-// Compile-time numbers: MODE, ACT (order of ACTIVATIONS in build.py), KC = SUM / 64, PANELS = COLUMNS / 128, CL = CTAs of
-// a cluster (1 or 2).
+// Compile-time numbers: MODE, ACT (order of ACTIVATIONS in build.py), KC = SUM / 64, CL = CTAs of
+// a cluster (1 or 2), SPLIT = CTAs that share the columns of a tile of rows (blockIdx.y; where there are few rows), each
+// of which applies the prologue for itself, PANELS = COLUMNS / 128 / SPLIT.
 //
 // A CTA takes tiles of 128 rows, one after the other. Its warps:
 //   * 4 "producers" read the inputs, apply the prologue and write the tile as bf16 chunks of 128 rows x 64 into A slots,
@@ -29,8 +30,11 @@ typedef unsigned long long u64;
 #ifndef CL
 #define CL 2
 #endif
+#ifndef SPLIT
+#define SPLIT 1
+#endif
 #define SUM (KC * 64)
-#define COLUMNS (PANELS * 128)
+#define COLUMNS (PANELS * SPLIT * 128)
 #define BLOCK 16384  // bytes of an A slot and of a W stage
 #define RESIDENT (KC * PANELS <= 8)
 #if RESIDENT
@@ -415,7 +419,7 @@ __device__ __forceinline__ void store_piece(const Piece& piece, const Arguments&
                      : "memory");
     }
 #if MODE == 1
-    if (!a.prologue) return;
+    if (!a.prologue || blockIdx.y > 0) return;
     char* const to = a.prologue + base + at;
 #pragma unroll
     for (int i = 0; i < PIECE; ++i)
@@ -454,7 +458,7 @@ __device__ __forceinline__ void produce(const Arguments& a, u32 slots, u32 full,
             const int next_left = last ? left - step * 128 : left;
             const u32 slot = slots + ring.index * BLOCK;
 #ifndef NO_PREFETCH
-            if (thread == 0) {
+            if (thread == 0 && blockIdx.y == 0) {
                 prefetch_rows(a, a.input, tile + step, kc, SUM);
 #if MODE == 1
                 prefetch_rows(a, a.raw, tile + step, kc, SUM);
@@ -654,7 +658,8 @@ __device__ __forceinline__ void epilogue(float (&acc)[64], const Arguments& a, f
 __device__ __forceinline__ void fill(const Arguments& a, u32 stages, u32 full, u32 index, int block) {
     const u32 at = cluster_rank() * (BLOCK / CL);
     barrier_expect(full + index * 8, BLOCK);  // from all parts
-    bulk_copy(stages + index * BLOCK + at, a.weight + block * BLOCK + at, BLOCK / CL, full + index * 8);
+    bulk_copy(stages + index * BLOCK + at, a.weight + (blockIdx.y * PANELS * KC + block) * BLOCK + at, BLOCK / CL,
+              full + index * 8);
 }
 
 __device__ __forceinline__ void consume(const Arguments& a, u32 slots, u32 slot_full, u32 slot_empty, u32 stages,
@@ -728,7 +733,7 @@ __device__ __forceinline__ void consume(const Arguments& a, u32 slots, u32 slot_
         wgmma_wait<0>();
         if (!RESIDENT && lane < CL) barrier_arrive_at(stage_empty + old_stage * 8, lane);
         if (frees && lane == 0) barrier_arrive(slot_empty + old_slot * 8);
-        epilogue(acc, a, scratch, tile, panel);
+        epilogue(acc, a, scratch, tile, blockIdx.y * PANELS + panel);
     }
 }
 
