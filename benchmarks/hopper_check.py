@@ -34,7 +34,9 @@ SHAPES = (
     ((999, 128, 128), "silu"), ((999, 512, 512), "leaky_relu"), ((4096, 256, 256), "silu"),
     ((4096, 512, 512), "relu"), ((4096, 384, 384), "gelu"), ((40001, 512, 512), "elu"),
     ((40000, 128, 128), "tanh"), ((40001, 256, 256), "leaky_relu"), ((300, 256, 512), "relu"),
+    ((8100, 512, 512), "leaky_relu"), ((9001, 256, 512), "relu"),
 )  # fmt: skip
+TIMED = ((65536, 512), (65536, 256), (65536, 128), (8192, 512), (1024, 512))
 #: Variants that are timed: CTAs of a cluster and further options.
 VARIANTS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
     "forward": ((2, ()), (1, ()), (2, ("-DNO_PREFETCH",)), (2, ("-DPIECE=2",))),
@@ -290,7 +292,7 @@ def time_shape(kernel: str, rows: int, width: int) -> None:
 
 
 def step_time(kernel: str) -> None:
-    for rows, width in ((65536, 512), (65536, 256), (65536, 128), (8192, 512)):
+    for rows, width in TIMED:
         time_shape(kernel, rows, width)
 
 
@@ -312,20 +314,27 @@ STEPS: dict[str, Callable[[], None]] = {
 }
 
 
+def split_of(rows: int, width: int) -> int:
+    return hopper.split_of(rows, width, 132)
+
+
 def compile_all() -> None:
     began, done = time.monotonic(), 0
     build.compiled("pack.cu", ())
     for cluster in (1, 2):
         build.compiled("layer.cu", ("-DPROBE", *hopper.defines(0, "identity", 128, 128, cluster)))
     for mode in (0, 1):
-        for (_, inner, width), act in SHAPES:
+        for (rows, inner, width), act in SHAPES:
             sizes = (inner, width) if mode == 0 else (width, inner)
             for cluster in (1, 2):
-                build.compiled("layer.cu", hopper.defines(mode, act, *sizes, cluster, CHECKED))
+                build.compiled(
+                    "layer.cu", hopper.defines(mode, act, *sizes, cluster, split_of(rows, sizes[1]), CHECKED)
+                )
                 done += 1
-        for width in (128, 256, 512):
+        for rows, width in TIMED:
             for cluster, extra in VARIANTS[("forward", "dgrad")[mode]]:
-                build.compiled("layer.cu", hopper.defines(mode, "leaky_relu", width, width, cluster, extra))
+                split = split_of(rows, width)
+                build.compiled("layer.cu", hopper.defines(mode, "leaky_relu", width, width, cluster, split, extra))
                 done += 1
     say(f"compiled {done} kernels in {time.monotonic() - began:.0f} s")
 

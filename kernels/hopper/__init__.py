@@ -36,23 +36,33 @@ class _Arguments(ctypes.Structure):
     ]  # fmt: skip
 
 
+def split_of(rows: int, width: int, multiprocessors: int) -> int:
+    """How many CTAs share the columns of a tile of rows: as many as there are multiprocessors for."""
+    tiles, split = -(-rows // BLOCK_M), 1
+    while width // 128 % (2 * split) == 0 and 2 * split * tiles <= multiprocessors:
+        split *= 2
+    return split
+
+
 def defines(
-    mode: int, activation: str, inner: int, width: int, cluster: int, extra: tuple[str, ...] = ()
+    mode: int, activation: str, inner: int, width: int, cluster: int, split: int = 1, extra: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
     """The ``-D`` options of a kernel: a sum over ``inner``, ``width`` columns."""
-    act = ACTIVATIONS.index(activation)
-    return (
-        f"-DMODE={mode}",
-        f"-DACT={act}",
-        f"-DKC={inner // 64}",
-        f"-DPANELS={width // 128}",
-        f"-DCL={cluster}",
-        *extra,
-    )
+    if inner not in WIDTHS or width not in WIDTHS:
+        raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {width}")
+    values = {
+        "MODE": mode,
+        "ACT": ACTIVATIONS.index(activation),
+        "KC": inner // 64,
+        "PANELS": width // 128 // split,
+        "SPLIT": split,
+        "CL": cluster,
+    }
+    return (*(f"-D{name}={value}" for name, value in values.items()), *extra)
 
 
 def shared_bytes(inner: int, width: int) -> int:
-    """Dynamic shared memory of a kernel, as ``layer.cu`` lays it out."""
+    """Dynamic shared memory of a kernel for ``width`` columns a CTA, as ``layer.cu`` lays it out."""
     blocks = (inner // 64) * (width // 128)
     slots, stages = (8, 5) if blocks > 8 else (5 if blocks > 6 else 8, blocks)
     return (slots + stages) * BLOCK + 16384 + 16 * (slots + stages)
@@ -83,13 +93,15 @@ def pack_weight(weight: Tensor, transpose: bool = False, out: Tensor | None = No
         raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {height}")
     if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
         raise ValueError("weights must be contiguous, fp32 or bf16")
+    if height not in WIDTHS or inner not in WIDTHS:
+        raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {height}")
     if out is None:
         out = weight.new_empty((*weight.shape[:-2], height * inner), dtype=torch.bfloat16)
     columns, total = (inner, height) if transpose else (height, inner)
+    grid = (columns * total // 8 // 256, weight.numel() // (height * inner))
+    sizes = (columns, total, transpose, weight.dtype == torch.float32)
     with torch.cuda.device(weight.device):
         run = build.kernel("pack.cu", "pack_weight", (), 0, weight.device.index)
-        grid = (columns * total // 8 // 256, weight.numel() // (height * inner))
-        sizes = (columns, total, transpose, weight.dtype == torch.float32)
         run(grid, 256, *(ctypes.c_void_p(t.data_ptr()) for t in (weight, out)), *map(ctypes.c_int, sizes))
     return out
 
@@ -104,13 +116,12 @@ def _launch(
         **values, column0=_address(column0), column1=_address(column1), rows=rows, tiles=tiles, slope=slope
     )
     chip = torch.cuda.get_device_properties(device).multi_processor_count
-    grid = min(-(-tiles // cluster), chip // cluster) * cluster
+    split = split_of(rows, width, chip)
+    grid = min(-(-tiles // cluster), chip // split // cluster) * cluster
+    options = defines(mode, activation, inner, width, cluster, split, extra)
     with torch.cuda.device(device):
-        run = build.kernel(
-            "layer.cu", "layer", defines(mode, activation, inner, width, cluster, extra), shared_bytes(inner, width),
-            device.index,
-        )  # fmt: skip
-        run((grid, 1), THREADS, arguments)
+        run = build.kernel("layer.cu", "layer", options, shared_bytes(inner, width // split), device.index)
+        run((grid, split), THREADS, arguments)
 
 
 def hopper_forward(
