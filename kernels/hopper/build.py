@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def compiled(file: str, defines: Sequence[str] = (), *, compiler: str | None = N
     nvcc = _nvcc() if compiler != "nvrtc" else None
     binary = _by_nvrtc(source, defines) if nvcc is None else _by_nvcc(nvcc, source, defines)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    fresh = kept.with_suffix(f".{os.getpid()}")
+    fresh = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     fresh.write_bytes(binary)
     fresh.replace(kept)
     return binary

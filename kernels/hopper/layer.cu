@@ -52,6 +52,9 @@ typedef unsigned long long u64;
 #define CONSUMERS 512
 #define PRODUCERS 128
 #define THREADS (CONSUMERS + PRODUCERS)
+#ifndef EARLY_EXTRA  // the epilogue reads one group of columns ahead; in the backward there are no registers for it
+#define EARLY_EXTRA (MODE == 0)
+#endif
 // 96 registers a thread at the start; 512 * 104 + 128 * 64 = 640 * 96.
 #ifdef MOVE_REGISTERS
 #define CONSUMER_REGISTERS set_registers_up<104>()
@@ -536,12 +539,26 @@ __device__ __forceinline__ void epilogue(float (&acc)[64], const Arguments& a, f
     const long long at = ((long long)row * COLUMNS + column) * 2;
     const char* const extra = a.extra + at;
     char* const out = a.out + at;
+#if EARLY_EXTRA  // what the epilogue reads, one group of columns ahead
+    uint4 n0 = make_uint4(0, 0, 0, 0), n1 = n0;
+    if (a.extra && valid0) n0 = load_here(extra);
+    if (a.extra && valid1) n1 = load_here(extra + 8 * COLUMNS * 2);
+#endif
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-        const int group = step == 1 ? 2 : step == 2 ? 1 : step;
+        const int group = step == 1 ? 2 : step == 2 ? 1 : step;  // 0, 2, 1, 3
+#if EARLY_EXTRA
+        const uint4 e0 = n0, e1 = n1;
+        if (step < 3) {
+            const int next = step == 0 ? 2 : step == 1 ? 1 : 3;
+            if (a.extra && valid0) n0 = load_here(extra + 64 * next);
+            if (a.extra && valid1) n1 = load_here(extra + 64 * next + 8 * COLUMNS * 2);
+        }
+#else
         uint4 e0 = make_uint4(0, 0, 0, 0), e1 = e0;
         if (a.extra && valid0) e0 = load_here(extra + 64 * group);
         if (a.extra && valid1) e1 = load_here(extra + 64 * group + 8 * COLUMNS * 2);
+#endif
         u32 w0[4] = {e0.x, e0.y, e0.z, e0.w}, w1[4] = {e1.x, e1.y, e1.z, e1.w};
         float(&s)[64] = acc;
         const int base = 16 * group;
