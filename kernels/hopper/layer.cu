@@ -52,6 +52,9 @@ typedef unsigned long long u64;
 #define CONSUMERS 512
 #define PRODUCERS 128
 #define THREADS (CONSUMERS + PRODUCERS)
+#ifndef WITHOUT  // for measurements, with wrong results: sum of 1 wgmma, 2 input loads, 4 prologue, 8 epilogue, 16 W copies
+#define WITHOUT 0
+#endif
 #ifndef EARLY_EXTRA  // the epilogue reads one group of columns ahead; in the backward there are no registers for it
 #define EARLY_EXTRA (MODE == 0)
 #endif
@@ -351,6 +354,7 @@ struct Piece {
 __device__ __forceinline__ void load_piece(Piece& piece, const Arguments& a, int in_tile, int left, long long base,
                                            u32 at) {
     const uint4 zero = make_uint4(0, 0, 0, 0);
+    if (WITHOUT & 2) left = 0;
     const char* const input = a.input + base + at;
 #pragma unroll
     for (int i = 0; i < PIECE; ++i) {
@@ -473,7 +477,7 @@ __device__ __forceinline__ void produce(const Arguments& a, u32 slots, u32 full,
 #pragma unroll
             for (int i = 0; i < PIECES; ++i) {
                 Piece& piece = pieces[i & 1];
-                transform(piece, a, a.in_norm + kc * 64 + c8 * 8);
+                if (!(WITHOUT & 4)) transform(piece, a, a.in_norm + kc * 64 + c8 * 8);
                 if (i == 0) barrier_wait(empty + ring.index * 8, ring.phase ^ 1);
                 store_piece(piece, a, slot, r + 16 * PIECE * i, c8, left, base, at + i * DOWN);
                 if (i + 2 < PIECES) {
@@ -674,6 +678,10 @@ __device__ __forceinline__ void epilogue(float (&acc)[64], const Arguments& a, f
 // This CTA's part of block ``block`` of the weight into a stage, in every CTA of the cluster.
 __device__ __forceinline__ void fill(const Arguments& a, u32 stages, u32 full, u32 index, int block) {
     const u32 at = cluster_rank() * (BLOCK / CL);
+    if (WITHOUT & 16) {
+        barrier_expect(full + index * 8, 0);
+        return;
+    }
     barrier_expect(full + index * 8, BLOCK);  // from all parts
     bulk_copy(stages + index * BLOCK + at, a.weight + (blockIdx.y * PANELS * KC + block) * BLOCK + at, BLOCK / CL,
               full + index * 8);
@@ -719,7 +727,7 @@ __device__ __forceinline__ void consume(const Arguments& a, u32 slots, u32 slot_
             const u64 db = descriptor(stages + stage.index * BLOCK);
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < 4; ++k) wgmma(acc, da + 2 * k, db + 2 * k, 1);
+            for (int k = 0; k < (WITHOUT & 1 ? 0 : 4); ++k) wgmma(acc, da + 2 * k, db + 2 * k, 1);
             wgmma_commit();
             if (kc + 1 == KC && (panel + 1 < PANELS || tile + (int)(gridDim.x - cluster_rank()) < a.tiles))
                 turn_give(pair ^ 1);  // if there is a next panel
@@ -750,7 +758,12 @@ __device__ __forceinline__ void consume(const Arguments& a, u32 slots, u32 slot_
         wgmma_wait<0>();
         if (!RESIDENT && lane < CL) barrier_arrive_at(stage_empty + old_stage * 8, lane);
         if (frees && lane == 0) barrier_arrive(slot_empty + old_slot * 8);
-        epilogue(acc, a, scratch, tile, blockIdx.y * PANELS + panel);
+        if (WITHOUT & 8) {
+#pragma unroll
+            for (int i = 0; i < 64; ++i) asm volatile("" ::"f"(acc[i]));
+        } else {
+            epilogue(acc, a, scratch, tile, blockIdx.y * PANELS + panel);
+        }
     }
 }
 
