@@ -108,7 +108,7 @@ def pack_weight(weight: Tensor, transpose: bool = False, out: Tensor | None = No
 
 def _launch(
     mode: int, activation: str, slope: float, inner: int, width: int, rows: int, device: torch.device, cluster: int,
-    extra: tuple[str, ...], *, column0: Tensor | None, column1: Tensor | None, **tensors: Tensor | None,
+    flags: tuple[str, ...], *, column0: Tensor | None, column1: Tensor | None, **tensors: Tensor | None,
 ) -> None:  # fmt: skip
     tiles = -(-rows // BLOCK_M)
     values = {name: _address(t) for name, t in tensors.items()}
@@ -118,7 +118,7 @@ def _launch(
     chip = torch.cuda.get_device_properties(device).multi_processor_count
     split = split_of(rows, width, chip)
     grid = min(-(-tiles // cluster), chip // split // cluster) * cluster
-    options = defines(mode, activation, inner, width, cluster, split, extra)
+    options = defines(mode, activation, inner, width, cluster, split, flags)
     with torch.cuda.device(device):
         run = build.kernel("layer.cu", "layer", options, shared_bytes(inner, width // split), device.index)
         run((grid, split), THREADS, arguments)
