@@ -1,0 +1,196 @@
+"""A layer of a residual block on Hopper in bf16: the fused forward and the fused input gradient, in CUDA C++.
+
+They take the same arguments as ``layer_forward`` and ``layer_backward`` in order "pre", for widths of 128, 256, 384 and
+512 (the sum's may differ from the result's), and weights packed by :func:`pack_weight`. See ``layer.cu``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from . import build
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "silu", "gelu", "tanh")
+WIDTHS = (128, 256, 384, 512)
+#: Rows of a tile.
+BLOCK_M = 128
+THREADS = 640
+#: Bytes of a slot and of a stage, see ``layer.cu``.
+BLOCK = 16384
+#: CTAs of a cluster, which share what they read of the weight.
+CLUSTER = 2
+
+
+class _Arguments(ctypes.Structure):
+    """``Arguments`` of ``layer.cu``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "input", "raw", "skip", "in_norm", "prologue", "weight", "bias", "extra", "out_norm", "out", "column0",
+            "column1",
+        )),
+        ("rows", ctypes.c_int), ("tiles", ctypes.c_int), ("slope", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def split_of(rows: int, width: int, multiprocessors: int) -> int:
+    """How many CTAs share the columns of a tile of rows: as many as there are multiprocessors for."""
+    tiles, split = -(-rows // BLOCK_M), 1
+    while width // 128 % (2 * split) == 0 and 2 * split * tiles <= multiprocessors:
+        split *= 2
+    return split
+
+
+def defines(
+    mode: int, activation: str, inner: int, width: int, cluster: int, split: int = 1, extra: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """The ``-D`` options of a kernel: a sum over ``inner``, ``width`` columns."""
+    if inner not in WIDTHS or width not in WIDTHS:
+        raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {width}")
+    values = {
+        "MODE": mode,
+        "ACT": ACTIVATIONS.index(activation),
+        "KC": inner // 64,
+        "PANELS": width // 128 // split,
+        "SPLIT": split,
+        "CL": cluster,
+    }
+    return (*(f"-D{name}={value}" for name, value in values.items()), *extra)
+
+
+def shared_bytes(inner: int, width: int) -> int:
+    """Dynamic shared memory of a kernel for ``width`` columns a CTA, as ``layer.cu`` lays it out."""
+    blocks = (inner // 64) * (width // 128)
+    slots, stages = (8, 5) if blocks > 8 else (5 if blocks > 6 else 8, blocks)
+    return (slots + stages) * BLOCK + 16384 + 16 * (slots + stages)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+        raise ValueError(
+            f"{name} must be a contiguous {dtype} tensor {list(shape)} that starts at a multiple of 16 bytes"
+        )
+
+
+def pack_weight(weight: Tensor, transpose: bool = False, out: Tensor | None = None) -> Tensor:
+    """Weights ``[..., out, in]`` (fp32 or bf16, contiguous) as blocks for the forward, transposed for the backward.
+
+    Returns
+    -------
+    bf16 [..., out * in]
+    """
+    height, inner = weight.shape[-2:]
+    if height not in WIDTHS or inner not in WIDTHS:
+        raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {height}")
+    if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
+        raise ValueError("weights must be contiguous, fp32 or bf16")
+    if height not in WIDTHS or inner not in WIDTHS:
+        raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {height}")
+    if out is None:
+        out = weight.new_empty((*weight.shape[:-2], height * inner), dtype=torch.bfloat16)
+    columns, total = (inner, height) if transpose else (height, inner)
+    grid = (columns * total // 8 // 256, weight.numel() // (height * inner))
+    sizes = (columns, total, transpose, weight.dtype == torch.float32)
+    with torch.cuda.device(weight.device):
+        run = build.kernel("pack.cu", "pack_weight", (), 0, weight.device.index)
+        run(grid, 256, *(ctypes.c_void_p(t.data_ptr()) for t in (weight, out)), *map(ctypes.c_int, sizes))
+    return out
+
+
+def _launch(
+    mode: int, activation: str, slope: float, inner: int, width: int, rows: int, device: torch.device, cluster: int,
+    flags: tuple[str, ...], *, column0: Tensor | None, column1: Tensor | None, **tensors: Tensor | None,
+) -> None:  # fmt: skip
+    tiles = -(-rows // BLOCK_M)
+    values = {name: _address(t) for name, t in tensors.items()}
+    arguments = _Arguments(
+        **values, column0=_address(column0), column1=_address(column1), rows=rows, tiles=tiles, slope=slope
+    )
+    chip = torch.cuda.get_device_properties(device).multi_processor_count
+    split = split_of(rows, width, chip)
+    grid = min(-(-tiles // cluster), chip // split // cluster) * cluster
+    options = defines(mode, activation, inner, width, cluster, split, flags)
+    with torch.cuda.device(device):
+        run = build.kernel("layer.cu", "layer", options, shared_bytes(inner, width // split), device.index)
+        run((grid, split), THREADS, arguments)
+
+
+def hopper_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    moments: bool = True,
+    out: Tensor | None = None,
+    packed: Tensor | None = None,
+    cluster: int = CLUSTER,
+    extra: tuple[str, ...] = (),
+) -> tuple[Tensor, tuple[Tensor, Tensor, int] | None]:
+    """``layer_forward`` in bf16; ``packed`` is ``pack_weight(weight)`` where the caller has it already."""
+    rows, inner = x.shape
+    width = weight.shape[0]
+    y = torch.empty((rows, width), dtype=torch.bfloat16, device=x.device) if out is None else out
+    for tensor, name in ((x, "x"), (residual, "residual"), (y, "out")):
+        _check(tensor, (rows, inner if name == "x" else width), torch.bfloat16, name)
+    _check(norm, (5, inner), torch.float32, "norm")
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    tiles = -(-rows // BLOCK_M)
+    tile_mean = x.new_empty((tiles, width), dtype=torch.float32) if moments else None
+    tile_m2 = None if tile_mean is None else torch.empty_like(tile_mean)
+    _launch(
+        0, activation, negative_slope, inner, width, rows, x.device, cluster, extra, input=x, in_norm=norm,
+        weight=pack_weight(weight) if packed is None else packed, bias=bias, extra=residual, out=y,
+        column0=tile_mean, column1=tile_m2,
+    )  # fmt: skip
+    return y, None if tile_mean is None or tile_m2 is None else (tile_mean, tile_m2, BLOCK_M)
+
+
+def hopper_dgrad(
+    g: Tensor,
+    weight: Tensor,
+    *,
+    y: Tensor | None = None,
+    norm_grad: Tensor | None = None,
+    skip_grad: Tensor | None = None,
+    x: Tensor,
+    norm: Tensor,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Tensor | None = None,
+    packed: Tensor | None = None,
+    cluster: int = CLUSTER,
+    extra: tuple[str, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``layer_backward`` in bf16; ``packed`` is ``pack_weight(weight, True)`` where the caller has it already."""
+    rows, width = g.shape
+    inner = weight.shape[1]
+    d = torch.empty((rows, inner), dtype=torch.bfloat16, device=g.device) if out is None else out
+    for tensor, columns, name in (
+        (g, width, "g"), (y, width, "y"), (skip_grad, width, "skip_grad"), (x, inner, "x"), (d, inner, "out"),
+    ):  # fmt: skip
+        _check(tensor, (rows, columns), torch.bfloat16, name)
+    _check(norm_grad, (4, width), torch.float32, "norm_grad")
+    _check(norm, (5, inner), torch.float32, "norm")
+    grad_y = None if y is None else torch.empty_like(y)
+    tile_sums = g.new_empty((2, -(-rows // BLOCK_M), inner), dtype=torch.float32)
+    _launch(
+        1, activation, negative_slope, width, inner, rows, g.device, cluster, extra, input=g, raw=y,
+        skip=None if y is None else skip_grad, in_norm=norm_grad, prologue=grad_y,
+        weight=pack_weight(weight, True) if packed is None else packed, extra=x, out_norm=norm, out=d,
+        column0=tile_sums[0], column1=tile_sums[1],
+    )  # fmt: skip
+    return d, g if grad_y is None else grad_y, tile_sums
