@@ -257,7 +257,7 @@ def policy(dtype: torch.dtype) -> tuple[Any, ...]:
     return (arithmetic_of(dtype), *tile_table.state())
 
 
-STRATEGIES = ("fused", "two-pass", "plain")
+STRATEGIES = ("fused", "two-pass", "plain", "hopper")
 
 
 def strategy(dtype: torch.dtype, rows: int, width: int, device: torch.device | None = None, kind: str = "layer") -> str:

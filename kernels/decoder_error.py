@@ -18,7 +18,6 @@ error                   [rows]              fp32       result
 3. The column tiles' sums are added in order by a second, small kernel: no atomics.
 
 Tiles depend on the arithmetic and the chip's family alone, so a row's error does not depend on how many came with it.
-:func:`product_error` is the other way: the library's product, some rows at a time, and the loss's pass over it.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reconstruction_kld
 from .configurations import TileConfig, arithmetic_of, device_facts, family, input_precision
+from .launch import launch
 from .layer_forward import tile_order
 from .reconstruction_kld import error_term
 from .weight_gradient import _sum_splits_kernel
@@ -69,7 +68,6 @@ def _decoder_error_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    EARLY: tl.constexpr,  # load x before the product, not after it
 ):
     tile_m, tile_n = tile_order(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first = tile_m.to(tl.int64) * BLOCK_M
@@ -80,8 +78,6 @@ def _decoder_error_kernel(
     h_tile = first * stride_h + rows[:, None] * stride_h
     mask = row_mask[:, None] & column_mask[None, :]
     x_tile = first * stride_x + rows[:, None] * stride_x + columns[None, :]
-    if EARLY:
-        x = tl.load(x_ptr + x_tile, mask=mask, other=0.0, eviction_policy="evict_first")
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
@@ -93,8 +89,7 @@ def _decoder_error_kernel(
         product = tl.dot(h, weight, product, input_precision=PRECISION)
     if bias_ptr is not None:
         product += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    if not EARLY:
-        x = tl.load(x_ptr + x_tile, mask=mask, other=0.0, eviction_policy="evict_first")
+    x = tl.load(x_ptr + x_tile, mask=mask, other=0.0, eviction_policy="evict_first")
     term = error_term(x.to(tl.float32), product, LIKELIHOOD)
     if feature_weight_ptr is not None:
         term = term * tl.load(feature_weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -112,7 +107,6 @@ def decoder_error(
     reduction: str,
     *,
     config: TileConfig | None = None,
-    early: bool = False,
 ) -> Tensor:
     """fp32 [rows]: the error of ``x`` under ``h @ weight.T + bias``, as ``reconstruction_kld`` defines it.
 
@@ -127,8 +121,6 @@ def decoder_error(
     likelihood, reduction
         Of :func:`rvae_fast.reconstruction_kld`.
     config : TileConfig, optional
-    early : bool
-        Load x before the product.
     """
     rows, inner = h.shape
     features = weight.shape[0]
@@ -147,39 +139,13 @@ def decoder_error(
         x.stride(0), float(features) if reduction == "mean" else 1.0,
         LIKELIHOOD=likelihood, PRECISION=input_precision(weight.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        EARLY=early, num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if tiles == 1:
         return partial[0]
     error = partial.new_empty((rows,))
-    _sum_splits_kernel[(triton.cdiv(rows, 256),)](partial, error, tiles, rows, BLOCK=256, num_warps=4)
-    return error
-
-
-def product_error(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    feature_weight: Tensor | None,
-    likelihood: str,
-    reduction: str,
-    *,
-    rows_at_once: int = 16384,
-) -> Tensor:
-    """As :func:`decoder_error`, by the library's product of ``rows_at_once`` rows at a time and a pass over x and it.
-
-    The reconstruction is rounded to the weight's dtype, and a row's error may depend on how many rows come with it.
-    """
-    rows = h.shape[0]
-    error = x.new_empty((rows,), dtype=torch.float32)
-    x_hat = weight.new_empty((min(rows, rows_at_once), weight.shape[0]))
-    for begin in range(0, rows, rows_at_once):
-        part, target = h[begin : begin + rows_at_once], x[begin : begin + rows_at_once]
-        out = x_hat[: len(part)]
-        if bias is None:
-            torch.mm(part, weight.t(), out=out)
-        else:
-            torch.addmm(bias.to(weight.dtype), part, weight.t(), out=out)
-        reconstruction_kld.errors(target, out, feature_weight, likelihood, reduction, error[begin : begin + len(part)])
+    launch(
+        _sum_splits_kernel, (triton.cdiv(rows, 256), 1), partial, error, tiles, rows, 0, BLOCK=256,
+        options={"num_warps": 4},
+    )  # fmt: skip
     return error

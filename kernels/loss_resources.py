@@ -51,7 +51,7 @@ def compile_losses(capability: int) -> dict[str, Resources]:
         known = {
             "h_ptr": operand, "weight_ptr": operand, "divisor": "fp32", "LIKELIHOOD": "bernoulli",
             "PRECISION": "tf32" if arithmetic == "tf32" else "ieee", "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m, "EARLY": False,
+            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
         }  # fmt: skip
         kernel = decoder_error._decoder_error_kernel
         found[f"decoder_error, {arithmetic}"] = _compile(kernel, known, capability, config.num_warps, config.num_stages)

@@ -362,13 +362,6 @@ def _launch_forward(
     )  # fmt: skip
 
 
-def errors(
-    x: Tensor, x_hat: Tensor, feature_weight: Tensor | None, likelihood: str, reduction: str, out: Tensor
-) -> None:
-    """The error alone, of rows > 0, into ``out``, fp32 [rows]."""
-    _launch_forward(x, x_hat, None, None, feature_weight, likelihood, reduction, out, None, None)
-
-
 def forward(
     x: Tensor,
     x_hat: Tensor,

@@ -16,8 +16,9 @@ Order "pre", layer l: ``y_l = activation(norm_l(y_{l-1})) @ W_l.T + b_l`` (+ the
 Order "post": ``y_l = a_l @ W_l.T + b_l`` with ``a_l = activation(norm_{l-1}(y_{l-1}))`` (+ the unit's input inside the
 activation at a unit's start); the first layer takes x as it is and the result is the last such activation.
 
-A layer runs fused (one pass each way), fused but for the forward's column moments ("two-pass"), or by the library's
-product with pointwise passes ("plain"), as ``configurations.strategy`` says for its shape.
+A layer runs fused (one pass each way), fused but for the forward's column moments ("two-pass"), by the library's
+product with pointwise passes ("plain"), or by kernels in CUDA C++ that are fused as well ("hopper"), as
+``configurations.strategy`` says for its shape.
 
 The driver below runs once for a set of shapes and options, on stand-ins, and records a :class:`.launch.Tape`; a call
 plays it. Nothing in it may look at a value.
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import configurations
+from . import configurations, hopper_layer
 from .batch_norm import Moments, column_moments, merge_gradients, merge_moments, running_norm
 from .deferred import DeferredGradient, DeferredNorm
 from .launch import Number, Tape, call
@@ -83,6 +84,7 @@ def _two_pass_forward(*args: Any, moments: bool, **kwargs: Any) -> tuple[Tensor,
 LAYERS = {
     "fused": Layer(layer_forward, layer_backward, weight_gradient),
     "two-pass": Layer(_two_pass_forward, layer_backward, weight_gradient),
+    "hopper": Layer(hopper_layer.hopper_layer_forward, hopper_layer.hopper_layer_backward, plain_weight_gradient),
     "plain": Layer(plain_layer_forward, plain_layer_backward, plain_weight_gradient),
 }
 
@@ -129,13 +131,18 @@ def needs_cast(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return weights[0].dtype != dtype or not all(w.is_contiguous() for w in weights)
 
 
-def cast_weights(tape: Tape, weights: list[Tensor], key: Key) -> list[Tensor]:
-    """The weights, contiguous, in the products' dtype: one kernel for all of them."""
-    if not key.cast:
+def cast_weights(tape: Tape, weights: list[Tensor], key: Key, *, backward: bool = False) -> list[Tensor]:
+    """The weights, contiguous, in the products' dtype, or packed as the strategy reads them, by a kernel or two."""
+    if not key.cast and key.strategy != "hopper":
         return weights
-    cast = tape.unbind(weights[0].new_empty((key.depth, key.width, key.width), dtype=key.options.dtype))
+    stack = weights[0].new_empty((key.depth, key.width, key.width), dtype=key.options.dtype)
+    cast = tape.unbind(stack)
     call(torch._foreach_copy_, cast, weights)
-    return cast
+    if key.strategy != "hopper":
+        return cast
+    packed = torch.empty_like(stack)
+    call(hopper_layer.pack, packed, stack, backward)
+    return tape.unbind(packed)
 
 
 def kept_shapes(key: Key) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -210,11 +217,18 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def hopper_why_not(options: StackOptions, x: Tensor) -> str | None:
+    """Why strategy "hopper" does not cover a stack, or None."""
+    return hopper_layer.why_not(x.device, options.order, options.dtype, x.dtype, x.shape[1], not x.data_ptr() % 16)
+
+
 def choice(options: StackOptions, x: Tensor, strategy: str | None = None) -> tuple[str, int, int, tuple[Any, ...]]:
     rows, width = x.shape
+    kind = "layer" if options.batch_stats else "eval"
     if strategy is None:
-        kind = "layer" if options.batch_stats else "eval"
         strategy = configurations.strategy(options.dtype, rows, width, x.device, kind)
+    if strategy == "hopper" and hopper_why_not(options, x) is not None:
+        strategy = configurations.default_strategy(configurations.arithmetic_of(options.dtype), rows, width)
     # Each layer's gradient is of its output's dtype; in order "pre" the last one's is the stream's.
     last = x.dtype if options.order == "pre" else options.dtype
     unit_bytes = rows * width * ((options.layers - 1) * options.dtype.itemsize + last.itemsize)

@@ -118,7 +118,7 @@ def _backward_tape(key: Key) -> Tape:
             *(tape.unbind(tape.input((depth, key.width), torch.float32)) for _ in range(3)),
         )
         weight_gradients = _WeightGradients(tape, key, out.weights, kept)
-        cast = cast_weights(tape, weights, key)
+        cast = cast_weights(tape, weights, key, backward=True)
         if options.order == "pre" and key.strategy == "plain":
             _backward_pre_plain(grad, x, cast, kept, out, key)
         else:

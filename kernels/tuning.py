@@ -136,7 +136,7 @@ def tune_strategy(
     chip: Chip | None = None,
 ) -> str:
     """Measure a short stack of a kind (:data:`KINDS`) by each strategy; keep and return the quickest."""
-    from .residual_stack import StackOptions, stack_forward
+    from .residual_stack import StackOptions, hopper_why_not, stack_forward
     from .residual_stack_backward import stack_backward
 
     chip = tile_table.chip_of(device) if chip is None else chip
@@ -160,7 +160,9 @@ def tune_strategy(
             stack_backward(grad, x, weights, kept, options, strategy=strategy)
 
     with launch.paused(), torch.no_grad():
-        best = str(fastest(configurations.STRATEGIES, run, timer))
+        covered = hopper_why_not(options, x) is None
+        among = [s for s in configurations.STRATEGIES if s != "hopper" or covered]
+        best = str(fastest(among, run, timer))
     tile_table.remember(chip, {tile_table.key(kind, arithmetic, rows, width): best})
     return best
 

@@ -93,8 +93,6 @@ def pack_weight(weight: Tensor, transpose: bool = False, out: Tensor | None = No
         raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {height}")
     if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
         raise ValueError("weights must be contiguous, fp32 or bf16")
-    if height not in WIDTHS or inner not in WIDTHS:
-        raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {height}")
     if out is None:
         out = weight.new_empty((*weight.shape[:-2], height * inner), dtype=torch.bfloat16)
     columns, total = (inner, height) if transpose else (height, inner)
@@ -140,23 +138,43 @@ def hopper_forward(
     extra: tuple[str, ...] = (),
 ) -> tuple[Tensor, tuple[Tensor, Tensor, int] | None]:
     """``layer_forward`` in bf16; ``packed`` is ``pack_weight(weight)`` where the caller has it already."""
-    rows, inner = x.shape
-    width = weight.shape[0]
+    rows, width = x.shape[0], weight.shape[0]
     y = torch.empty((rows, width), dtype=torch.bfloat16, device=x.device) if out is None else out
+    tile_mean = x.new_empty((-(-rows // BLOCK_M), width), dtype=torch.float32) if moments else None
+    tile_m2 = None if tile_mean is None else torch.empty_like(tile_mean)
+    packed = pack_weight(weight) if packed is None else packed
+    launch_forward(
+        activation, negative_slope, x, packed, bias, norm, residual, y, tile_mean, tile_m2, cluster=cluster, flags=extra
+    )
+    return y, None if tile_mean is None or tile_m2 is None else (tile_mean, tile_m2, BLOCK_M)
+
+
+def launch_forward(
+    activation: str,
+    negative_slope: float,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    norm: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    tile_mean: Tensor | None,
+    tile_m2: Tensor | None,
+    *,
+    cluster: int = CLUSTER,
+    flags: tuple[str, ...] = (),
+) -> None:
+    """The forward's launch, into tensors that are there."""
+    (rows, inner), width = x.shape, y.shape[1]
     for tensor, name in ((x, "x"), (residual, "residual"), (y, "out")):
         _check(tensor, (rows, inner if name == "x" else width), torch.bfloat16, name)
     _check(norm, (5, inner), torch.float32, "norm")
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    tiles = -(-rows // BLOCK_M)
-    tile_mean = x.new_empty((tiles, width), dtype=torch.float32) if moments else None
-    tile_m2 = None if tile_mean is None else torch.empty_like(tile_mean)
     _launch(
-        0, activation, negative_slope, inner, width, rows, x.device, cluster, extra, input=x, in_norm=norm,
-        weight=pack_weight(weight) if packed is None else packed, bias=bias, extra=residual, out=y,
-        column0=tile_mean, column1=tile_m2,
+        0, activation, negative_slope, inner, width, rows, x.device, cluster, flags, input=x, in_norm=norm,
+        weight=packed, bias=bias, extra=residual, out=y, column0=tile_mean, column1=tile_m2,
     )  # fmt: skip
-    return y, None if tile_mean is None or tile_m2 is None else (tile_mean, tile_m2, BLOCK_M)
 
 
 def hopper_dgrad(
@@ -176,21 +194,45 @@ def hopper_dgrad(
     extra: tuple[str, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``layer_backward`` in bf16; ``packed`` is ``pack_weight(weight, True)`` where the caller has it already."""
-    rows, width = g.shape
-    inner = weight.shape[1]
+    rows, inner = g.shape[0], weight.shape[1]
     d = torch.empty((rows, inner), dtype=torch.bfloat16, device=g.device) if out is None else out
+    grad_y = None if y is None else torch.empty_like(y)
+    tile_sums = g.new_empty((2, -(-rows // BLOCK_M), inner), dtype=torch.float32)
+    packed = pack_weight(weight, True) if packed is None else packed
+    launch_dgrad(
+        activation, negative_slope, g, packed, y, norm_grad, skip_grad, grad_y, x, norm, d, tile_sums, cluster=cluster,
+        flags=extra,
+    )  # fmt: skip
+    return d, g if grad_y is None else grad_y, tile_sums
+
+
+def launch_dgrad(
+    activation: str,
+    negative_slope: float,
+    g: Tensor,
+    packed: Tensor,
+    y: Tensor | None,
+    norm_grad: Tensor | None,
+    skip_grad: Tensor | None,
+    grad_y: Tensor | None,
+    x: Tensor,
+    norm: Tensor,
+    d: Tensor,
+    tile_sums: Tensor,
+    *,
+    cluster: int = CLUSTER,
+    flags: tuple[str, ...] = (),
+) -> None:
+    """The input gradient's launch, into tensors that are there."""
+    (rows, width), inner = g.shape, d.shape[1]
     for tensor, columns, name in (
         (g, width, "g"), (y, width, "y"), (skip_grad, width, "skip_grad"), (x, inner, "x"), (d, inner, "out"),
     ):  # fmt: skip
         _check(tensor, (rows, columns), torch.bfloat16, name)
     _check(norm_grad, (4, width), torch.float32, "norm_grad")
     _check(norm, (5, inner), torch.float32, "norm")
-    grad_y = None if y is None else torch.empty_like(y)
-    tile_sums = g.new_empty((2, -(-rows // BLOCK_M), inner), dtype=torch.float32)
     _launch(
-        1, activation, negative_slope, width, inner, rows, g.device, cluster, extra, input=g, raw=y,
-        skip=None if y is None else skip_grad, in_norm=norm_grad, prologue=grad_y,
-        weight=pack_weight(weight, True) if packed is None else packed, extra=x, out_norm=norm, out=d,
-        column0=tile_sums[0], column1=tile_sums[1],
+        1, activation, negative_slope, width, inner, rows, g.device, cluster, flags, input=g, raw=y,
+        skip=None if y is None else skip_grad, in_norm=norm_grad, prologue=grad_y, weight=packed, extra=x,
+        out_norm=norm, out=d, column0=tile_sums[0], column1=tile_sums[1],
     )  # fmt: skip
-    return d, g if grad_y is None else grad_y, tile_sums

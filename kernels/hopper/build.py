@@ -25,6 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 NVCC_OPTIONS = ("-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin")
 NVRTC_OPTIONS = ("--std=c++17", "--gpu-architecture=sm_90a")
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 def cache_folder() -> Path:
@@ -112,6 +113,13 @@ def _check(status: int, what: str) -> None:
         raise RuntimeError(f"{what}: CUDA error {status}: {(text.value or b'').decode()}")
 
 
+def _enter_context(device: int) -> None:
+    """Make the device's primary context, which PyTorch has made, this thread's."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+    _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
 class Kernel:
     """A kernel loaded on the current device, whose context PyTorch has made, called with a grid, a block and values."""
 
@@ -126,9 +134,16 @@ class Kernel:
     def __call__(self, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = _driver().cuLaunchKernel(
-            self._function, grid[0], grid[1], 1, threads, 1, 1, self._shared, stream, pointers, None
-        )
+
+        def launch() -> int:
+            return _driver().cuLaunchKernel(
+                self._function, grid[0], grid[1], 1, threads, 1, 1, self._shared, stream, pointers, None
+            )
+
+        status = launch()
+        if status == INVALID_CONTEXT:  # a thread of autograd's that has not asked the runtime for anything yet
+            _enter_context(torch.cuda.current_device())
+            status = launch()
         _check(status, "cuLaunchKernel")
 
 

@@ -89,20 +89,3 @@ def test_the_function_runs_the_kernel_and_differentiates(monkeypatch: pytest.Mon
         (grad,) = torch.autograd.grad(decoder_error(leaf, weight, bias, x).sum(), leaf)
     expected = 2 * (h @ weight.t() + bias - x) @ weight
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("likelihood", reference.LIKELIHOODS)
-def test_the_librarys_product_some_rows_at_a_time(likelihood: str, compare: Any) -> None:
-    for h, weight, bias, x, feature_weight in (make(33, 65, 31), make(70, 40, 130)):
-        for inputs, reduction in (((h, weight, bias, x, feature_weight), "mean"), ((h, weight, None, x, None), "sum")):
-            ours = kernels.product_error(*inputs, likelihood, reduction, rows_at_once=32)
-            exact = reference.decoder_error(*(None if t is None else t.double() for t in inputs), likelihood, reduction)
-            scale = max(1.0, float(exact.abs().max()))
-            theirs = reference.decoder_error(*inputs, likelihood, reduction)
-            compare("error", ours / scale, theirs / scale, exact / scale)
-
-
-def test_x_loaded_before_the_product_changes_nothing() -> None:
-    inputs = make(70, 40, 130)
-    late, early = (kernels.decoder_error(*inputs, "squared", "sum", config=SMALL, early=e) for e in (False, True))
-    assert torch.equal(late, early)

@@ -1,0 +1,155 @@
+"""One layer by the CUDA C++ kernels for Hopper: prologue, product and epilogue in one pass, at the tensor cores' rate.
+
+======================  ==================  =========  ============================================================
+tensor                  shape               dtype      stored or recomputed
+======================  ==================  =========  ============================================================
+weight                  [out, in]           bf16       packed by :func:`pack`, transposed for the way back
+all others              as in ``layer_forward.py`` and ``layer_backward.py``, bf16 where these may be fp32
+======================  ==================  =========  ============================================================
+
+The functions take and return what those of :mod:`.layer_forward` and :mod:`.layer_backward` do in order "pre". See
+``hopper/layer.cu`` for how it works. :func:`why_not` says what is not covered.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import hopper
+from .batch_norm import Moments
+from .launch import call
+
+
+def why_not(
+    device: torch.device, order: str, dtype: torch.dtype, stream: torch.dtype, width: int, aligned: bool
+) -> str | None:
+    """Why the kernels do not cover a stack, or None if they do.
+
+    Parameters
+    ----------
+    device : torch.device
+    order : str
+    dtype, stream : torch.dtype
+        Of the products, and of what the units pass on.
+    width : int
+    aligned : bool
+        Whether all tensors begin at multiples of 16 bytes.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "devices other than Hopper's"
+    if order != "pre":
+        return f"order {order!r}"
+    if dtype != torch.bfloat16 or stream != torch.bfloat16:
+        return f"products in {dtype} on rows of {stream}"
+    if width not in hopper.WIDTHS or not aligned:
+        return f"rows of {width} features" if aligned else "rows that do not begin at multiples of 16 bytes"
+    return _self_check(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _self_check(device: torch.device) -> str | None:
+    """Whether the kernels, compiled here and now, give what PyTorch gives: what they do not is not used."""
+    try:
+        with torch.random.fork_rng([device]):
+            wrong = _largest_error(device)
+    except (OSError, RuntimeError) as error:
+        reason = f"they cannot be compiled or run: {error}"
+    else:
+        if wrong < 0.03:
+            return None
+        reason = f"their results are off by {wrong:.2g} of the largest value"
+    warnings.warn(f"rvae_fast does without its CUDA C++ kernels on {device}: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def _largest_error(device: torch.device) -> float:
+    """The largest error of a forward and a backward pass, of the largest value: bf16's rounding is 0.004."""
+    rows, width = 300, 256
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    x, g, skip, weight = draw(rows, width), draw(rows, width), draw(rows, width), draw(width, width) / width**0.5
+    norm = torch.rand(5, width, device=device) + 0.5
+    y, moments = hopper.hopper_forward(x, weight, norm=norm, activation="leaky_relu", residual=skip)
+    d, grad_y, sums = hopper.hopper_dgrad(
+        g, weight, y=y, norm_grad=norm[:4], skip_grad=skip, x=x, norm=norm, activation="leaky_relu"
+    )
+    a = (x.float() - norm[0]) * norm[3] + norm[4]
+    h = torch.nn.functional.leaky_relu(a, 0.01).bfloat16()
+    exact_y = h.float() @ weight.float().t() + skip.float()
+    exact_grad_y = norm[1] * g.float() - norm[2] - (y.float() - norm[0]) * norm[3] + skip.float()
+    exact_d = (grad_y.float() @ weight.float()) * torch.where(a > 0, 1.0, 0.01)
+    assert moments is not None
+    pairs = [(y, exact_y), (grad_y, exact_grad_y), (d, exact_d), (sums[0].sum(0), d.float().sum(0))]
+    pairs += [(moments[0][0], y[: moments[2]].float().mean(0))]
+    # A NaN is an error, too.
+    return max(float(((o.float() - e).abs().max() / e.abs().max()).nan_to_num(nan=1e9)) for o, e in pairs)
+
+
+def pack(out: Tensor, weights: Tensor, transpose: bool) -> None:
+    """Weights ``[layers, out, in]`` in bf16 as the kernels read them."""
+    hopper.pack_weight(weights, transpose, out.view(out.shape[0], -1))
+
+
+def _forward(
+    activation: str, slope: float, x: Tensor, packed: Tensor, bias: Tensor | None, norm: Tensor,
+    residual: Tensor | None, y: Tensor, tile_mean: Tensor | None, tile_m2: Tensor | None,
+) -> None:  # fmt: skip
+    hopper.launch_forward(activation, slope, x, packed, bias, norm, residual, y, tile_mean, tile_m2)
+
+
+def hopper_layer_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    moments: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """As :func:`.layer_forward.layer_forward`, with a packed ``weight``."""
+    rows, width = x.shape[0], weight.shape[0]
+    y = weight.new_empty((rows, width)) if out is None else out
+    tile_mean = x.new_empty((-(-rows // hopper.BLOCK_M), width), dtype=torch.float32) if moments else None
+    tile_m2 = None if tile_mean is None else torch.empty_like(tile_mean)
+    run = functools.partial(_forward, activation, negative_slope)
+    call(run, x, weight, bias, norm, residual, y, tile_mean, tile_m2)
+    return y, None if tile_mean is None or tile_m2 is None else (tile_mean, tile_m2, hopper.BLOCK_M)
+
+
+def _backward(
+    activation: str, slope: float, g: Tensor, packed: Tensor, y: Tensor | None, norm_grad: Tensor | None,
+    skip_grad: Tensor | None, grad_y: Tensor | None, x: Tensor, norm: Tensor, d: Tensor, tile_sums: Tensor,
+) -> None:  # fmt: skip
+    hopper.launch_dgrad(activation, slope, g, packed, y, norm_grad, skip_grad, grad_y, x, norm, d, tile_sums)
+
+
+def hopper_layer_backward(
+    g: Tensor,
+    weight: Tensor,
+    *,
+    y: Tensor | None = None,
+    norm_grad: Tensor | None = None,
+    skip_grad: Tensor | None = None,
+    x: Tensor,
+    norm: Tensor,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`.layer_backward.layer_backward`, with a packed, transposed ``weight``."""
+    (rows, _), inner = g.shape, weight.shape[1]
+    d = weight.new_empty((rows, inner)) if out is None else out
+    grad_y = None if y is None else torch.empty_like(y)
+    tile_sums = g.new_empty((2, -(-rows // hopper.BLOCK_M), inner), dtype=torch.float32)
+    run = functools.partial(_backward, activation, negative_slope)
+    call(run, g, weight, y, norm_grad, skip_grad, grad_y, x, norm, d, tile_sums)
+    return d, g if grad_y is None else grad_y, tile_sums

@@ -1,0 +1,94 @@
+"""The CUDA C++ layers' place in a stack: what is packed, launched and returned, with PyTorch in the kernels' place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu
+
+from rvae_fast.kernels import configurations, hopper, hopper_layer
+from rvae_fast.kernels.residual_stack import StackOptions, choice, hopper_why_not, stack_forward
+from rvae_fast.kernels.residual_stack_backward import stack_backward
+
+BF16 = torch.bfloat16
+ROWS, WIDTH, DEPTH, SLOPE = 300, 128, 4, 0.1
+
+
+def activated(x: Tensor, norm: Tensor) -> Tensor:
+    return (x.float() - norm[0]) * norm[3] + norm[4]
+
+
+def tiles(y: Tensor) -> list[Tensor]:
+    return list(y.float().split(hopper.BLOCK_M))
+
+
+def forward(
+    activation: str, slope: float, x: Tensor, packed: Tensor, bias: Tensor, norm: Tensor, residual: Tensor | None,
+    y: Tensor, tile_mean: Tensor | None, tile_m2: Tensor | None,
+) -> None:  # fmt: skip
+    assert activation == "leaky_relu"
+    h = leaky_relu(activated(x, norm), slope).to(BF16)
+    product = h.float() @ packed.float().t() + bias.float()
+    y.copy_(product if residual is None else product + residual.float())
+    if tile_mean is not None and tile_m2 is not None:
+        tile_mean.copy_(torch.stack([t.mean(0) for t in tiles(y)]))
+        tile_m2.copy_(torch.stack([(t - t.mean(0)).square().sum(0) for t in tiles(y)]))
+
+
+def dgrad(
+    activation: str, slope: float, g: Tensor, packed: Tensor, y: Tensor | None, norm_grad: Tensor | None,
+    skip_grad: Tensor | None, grad_y: Tensor | None, x: Tensor, norm: Tensor, d: Tensor, tile_sums: Tensor,
+) -> None:  # fmt: skip
+    if y is not None and norm_grad is not None and grad_y is not None:
+        mean, scale, b, c = norm_grad
+        value = scale * g.float() - b - (y.float() - mean) * c
+        grad_y.copy_(value if skip_grad is None else value + skip_grad.float())
+        g = grad_y
+    d.copy_(g.float() @ packed.float().t() * torch.where(activated(x, norm) > 0, 1.0, slope))  # packed: transposed
+    xhat = (x.float() - norm[0]) * norm[1]
+    tile_sums.copy_(torch.stack([torch.stack([t.sum(0) for t in tiles(v)]) for v in (d, d.float() * xhat)]))
+
+
+def pack(weights: Tensor, transpose: bool = False, out: Tensor | None = None) -> Tensor:
+    assert out is not None
+    assert out.shape == (DEPTH, WIDTH * WIDTH)
+    return out.copy_((weights.transpose(1, 2) if transpose else weights).reshape(out.shape))
+
+
+@pytest.mark.parametrize("batch_stats", [True, False])
+def test_a_stack_is_that_of_plain_layers(batch_stats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "launch_forward", forward)
+    monkeypatch.setattr(hopper, "launch_dgrad", dgrad)
+    monkeypatch.setattr(hopper, "pack_weight", pack)
+    monkeypatch.setattr(hopper_layer, "why_not", lambda *_: None)
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    x, grad = draw(ROWS, WIDTH).to(BF16), draw(ROWS, WIDTH).to(BF16)
+    state = [[draw(WIDTH, WIDTH) / WIDTH**0.5 for _ in range(DEPTH)]]
+    state += [[draw(WIDTH) for _ in range(DEPTH)] for _ in range(4)] + [[draw(WIDTH).square() + 0.5] * DEPTH]
+    options = StackOptions(2, "pre", "leaky_relu", SLOPE, batch_stats, BF16)
+
+    def run(strategy: str, dtype: torch.dtype = BF16) -> dict[str, Any]:
+        rows, up, wanted = x.to(dtype), grad.to(dtype), options._replace(dtype=dtype)
+        y, kept = stack_forward(rows, *state, 1e-5, wanted, strategy=strategy)
+        grads = stack_backward(up, rows, state[0], kept, wanted, strategy=strategy)
+        return {"y": y, **kept._asdict(), **{f"grad {k}": v for k, v in grads._asdict().items()}}
+
+    ours, plain, exact = run("hopper"), run("plain"), run("plain", torch.float32)
+    for name, expected in exact.items():
+        # Root mean squares: at LeakyReLU's kink a rounding may change a single gradient tenfold.
+        one, other = ((found[name].float() - expected).square().mean().sqrt() for found in (ours, plain))
+        assert one <= 1.5 * other + 1e-3 * expected.square().mean().sqrt(), name
+
+
+def test_what_is_not_covered_runs_otherwise() -> None:
+    x = torch.zeros(300, 128, dtype=BF16)
+    options = StackOptions(2, "pre", "relu", 0.0, True, BF16)
+    assert hopper_why_not(options, x) == "devices other than Hopper's"
+    assert choice(options, x, "hopper")[0] == configurations.default_strategy("half", 300, 128)
