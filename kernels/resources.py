@@ -119,8 +119,21 @@ class Case(NamedTuple):
 VARIANTS = ((False, False), (False, True), (True, False), (True, True))
 
 
-def cases(capabilities: Sequence[int], activations: Sequence[str], wide_streams: Sequence[bool]) -> list[Case]:
-    """Every configuration that can be chosen on these chips, in the variants with the most operands."""
+def _variants(kernel: str, arithmetic: str, capability: int, thorough: bool) -> Sequence[tuple[bool, bool]]:
+    if kernel == "weight":
+        return VARIANTS[:1]
+    if thorough or (arithmetic == "half" and capability == 90):
+        return VARIANTS
+    return VARIANTS[::3] if capability == 90 else VARIANTS[:1]
+
+
+def cases(
+    capabilities: Sequence[int], activations: Sequence[str], wide_streams: Sequence[bool], *, thorough: bool = True
+) -> list[Case]:
+    """Every configuration that can be chosen on these chips, in the variants with the most operands.
+
+    Not ``thorough``, all ways of merging statistics are there in half precision on sm_90 alone.
+    """
     merging = [
         Case(kernel, "half", capability, config, order, activation, wide, True, True)
         for kernel in ("forward", "backward")
@@ -139,7 +152,7 @@ def cases(capabilities: Sequence[int], activations: Sequence[str], wide_streams:
         for order in (("pre", "post") if kernel != "weight" else ("pre",))
         for activation in activations
         for wide in wide_streams
-        for deferred, one_step in (VARIANTS if kernel != "weight" else VARIANTS[:1])
+        for deferred, one_step in _variants(kernel, arithmetic, capability, thorough)
         if arithmetic == "half" or not wide
     ]
 

@@ -14,7 +14,7 @@ from rvae_fast.kernels.residual_stack import StackOptions, choice, hopper_why_no
 from rvae_fast.kernels.residual_stack_backward import stack_backward
 
 BF16 = torch.bfloat16
-ROWS, WIDTH, DEPTH, SLOPE = 300, 128, 4, 0.1
+ROWS, WIDTH, DEPTH, SLOPE = 150, 32, 4, 0.1
 
 
 def activated(x: Tensor, norm: Tensor) -> Tensor:

@@ -146,8 +146,10 @@ def test_the_result_does_not_depend_on_keeping(
     x = torch.randn(21, 9)
     kept_y, kept = stack_forward(x, *state.values(), EPS, options)
     y, nothing = stack_forward(x, *state.values(), EPS, options, keep=False)
-    assert torch.equal(y, kept_y)
-    assert torch.equal(nothing.norms, kept.norms)
+    # The library's product may depend on where its operands begin.
+    tolerance = 0.0 if mode == "fused" else 1e-5
+    torch.testing.assert_close(y, kept_y, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(nothing.norms, kept.norms, rtol=tolerance, atol=tolerance)
     assert nothing.inner.numel() == nothing.stream.numel() == 0
 
 
