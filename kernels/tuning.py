@@ -36,14 +36,19 @@ _DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 _SLOPE = 0.01
 
 
-def time_on_gpu(function: Callable[[], Any], launches: int = 8, replays: int = 5) -> float:
+def time_on_gpu(function: Callable[[], Any], launches: int | None = None, replays: int = 5) -> float:
     """Median seconds of a call, by replays of a CUDA graph of several, so that a slow host does not count.
 
     Large tensors do not stay in the second-level cache from one call to the next, and small ones do: as in a stack.
     """
-    for _ in range(2):
-        function()
-    torch.cuda.synchronize()
+    function()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    if launches is None:
+        launches = 8 if start.elapsed_time(end) < 1.0 else 2
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(launches):
@@ -51,7 +56,6 @@ def time_on_gpu(function: Callable[[], Any], launches: int = 8, replays: int = 5
     graph.replay()
     times = []
     for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()

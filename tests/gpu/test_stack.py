@@ -168,7 +168,7 @@ def test_every_strategy(
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", ["leaky_relu", "gelu", "tanh"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "gelu"])
 @pytest.mark.parametrize(("batch", "width"), [(37, 128), (999, 256), (5000, 512), (4096, 384)])
 def test_layers_in_cuda(
     batch: int, width: int, activation: str, training: bool, cuda: torch.device, triton: torch.device, monkeypatch: Any
