@@ -28,7 +28,7 @@ from .launch import place
 from .tile_table import Chip, Choice
 
 #: Rows and width, at most, of a layer that runs fused on tensor cores; others run by the library's product. See above.
-FUSED_ROWS, FUSED_WIDTH = 8192, 256
+FUSED_ROWS, FUSED_WIDTH = 8192, 128
 #: Widest layer that runs fused without tensor cores, where the product takes most of the time much earlier.
 FUSED_WIDTH_IEEE = 128
 #: Multiprocessors assumed where there is no device to ask (the interpreter).

@@ -1,14 +1,15 @@
-"""One layer by the CUDA C++ kernels for Hopper: prologue, product and epilogue in one pass, at the tensor cores' rate.
+"""One layer forward by the CUDA C++ kernel for Hopper: prologue, product and epilogue in one pass.
 
 ======================  ==================  =========  ============================================================
 tensor                  shape               dtype      stored or recomputed
 ======================  ==================  =========  ============================================================
-weight                  [out, in]           bf16       packed by :func:`pack`, transposed for the way back
-all others              as in ``layer_forward.py`` and ``layer_backward.py``, bf16 where these may be fp32
+weight                  [out, in]           bf16       packed by :func:`pack`
+all others              as in ``layer_forward.py``, bf16 where these may be fp32
 ======================  ==================  =========  ============================================================
 
-The functions take and return what those of :mod:`.layer_forward` and :mod:`.layer_backward` do in order "pre". See
-``hopper/layer.cu`` for how it works. :func:`why_not` says what is not covered.
+It takes and returns what :func:`.layer_forward.layer_forward` does in order "pre"; the way back is that of plain
+layers, of which the kernel's is slower (``docs/notes/performance.md``). See ``hopper/layer.cu`` for how it works.
+:func:`why_not` says what is not covered.
 """
 
 from __future__ import annotations
@@ -67,33 +68,28 @@ def _self_check(device: torch.device) -> str | None:
 
 
 def _largest_error(device: torch.device) -> float:
-    """The largest error of a forward and a backward pass, of the largest value: bf16's rounding is 0.004."""
+    """The largest error of a layer's results, of the largest value: bf16's rounding is 0.004."""
     rows, width = 300, 256
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
-    x, g, skip, weight = draw(rows, width), draw(rows, width), draw(rows, width), draw(width, width) / width**0.5
+    x, skip, weight = draw(rows, width), draw(rows, width), draw(width, width) / width**0.5
     norm = torch.rand(5, width, device=device) + 0.5
     y, moments = hopper.hopper_forward(x, weight, norm=norm, activation="leaky_relu", residual=skip)
-    d, grad_y, sums = hopper.hopper_dgrad(
-        g, weight, y=y, norm_grad=norm[:4], skip_grad=skip, x=x, norm=norm, activation="leaky_relu"
-    )
-    a = (x.float() - norm[0]) * norm[3] + norm[4]
-    h = torch.nn.functional.leaky_relu(a, 0.01).bfloat16()
-    exact_y = h.float() @ weight.float().t() + skip.float()
-    exact_grad_y = norm[1] * g.float() - norm[2] - (y.float() - norm[0]) * norm[3] + skip.float()
-    exact_d = (grad_y.float() @ weight.float()) * torch.where(a > 0, 1.0, 0.01)
+    h = torch.nn.functional.leaky_relu((x.float() - norm[0]) * norm[3] + norm[4], 0.01).bfloat16()
     assert moments is not None
-    pairs = [(y, exact_y), (grad_y, exact_grad_y), (d, exact_d), (sums[0].sum(0), d.float().sum(0))]
-    pairs += [(moments[0][0], y[: moments[2]].float().mean(0))]
+    tile_mean, tile_m2, tile_rows = moments
+    first = y[:tile_rows].float()
+    pairs = [(y, h.float() @ weight.float().t() + skip.float()), (tile_mean[0], first.mean(0))]
+    pairs += [(tile_m2[0], (first - first.mean(0)).square().sum(0))]
     # A NaN is an error, too.
     return max(float(((o.float() - e).abs().max() / e.abs().max()).nan_to_num(nan=1e9)) for o, e in pairs)
 
 
-def pack(out: Tensor, weights: Tensor, transpose: bool) -> None:
+def pack(out: Tensor, weights: Tensor) -> None:
     """Weights ``[layers, out, in]`` in bf16 as the kernels read them."""
-    hopper.pack_weight(weights, transpose, out.view(out.shape[0], -1))
+    hopper.pack_weight(weights, out=out.view(out.shape[0], -1))
 
 
 def _forward(
@@ -123,33 +119,3 @@ def hopper_layer_forward(
     run = functools.partial(_forward, activation, negative_slope)
     call(run, x, weight, bias, norm, residual, y, tile_mean, tile_m2)
     return y, None if tile_mean is None or tile_m2 is None else (tile_mean, tile_m2, hopper.BLOCK_M)
-
-
-def _backward(
-    activation: str, slope: float, g: Tensor, packed: Tensor, y: Tensor | None, norm_grad: Tensor | None,
-    skip_grad: Tensor | None, grad_y: Tensor | None, x: Tensor, norm: Tensor, d: Tensor, tile_sums: Tensor,
-) -> None:  # fmt: skip
-    hopper.launch_dgrad(activation, slope, g, packed, y, norm_grad, skip_grad, grad_y, x, norm, d, tile_sums)
-
-
-def hopper_layer_backward(
-    g: Tensor,
-    weight: Tensor,
-    *,
-    y: Tensor | None = None,
-    norm_grad: Tensor | None = None,
-    skip_grad: Tensor | None = None,
-    x: Tensor,
-    norm: Tensor,
-    activation: str = "identity",
-    negative_slope: float = 0.01,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.layer_backward.layer_backward`, with a packed, transposed ``weight``."""
-    (rows, _), inner = g.shape, weight.shape[1]
-    d = weight.new_empty((rows, inner)) if out is None else out
-    grad_y = None if y is None else torch.empty_like(y)
-    tile_sums = g.new_empty((2, -(-rows // hopper.BLOCK_M), inner), dtype=torch.float32)
-    run = functools.partial(_backward, activation, negative_slope)
-    call(run, g, weight, y, norm_grad, skip_grad, grad_y, x, norm, d, tile_sums)
-    return d, g if grad_y is None else grad_y, tile_sums

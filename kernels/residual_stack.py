@@ -17,8 +17,8 @@ Order "post": ``y_l = a_l @ W_l.T + b_l`` with ``a_l = activation(norm_{l-1}(y_{
 activation at a unit's start); the first layer takes x as it is and the result is the last such activation.
 
 A layer runs fused (one pass each way), fused but for the forward's column moments ("two-pass"), by the library's
-product with pointwise passes ("plain"), or by kernels in CUDA C++ that are fused as well ("hopper"), as
-``configurations.strategy`` says for its shape.
+product with pointwise passes ("plain"), or forward by a kernel in CUDA C++ that is fused as well and backward plain
+("hopper"), as ``configurations.strategy`` says for its shape.
 
 The driver below runs once for a set of shapes and options, on stand-ins, and records a :class:`.launch.Tape`; a call
 plays it. Nothing in it may look at a value.
@@ -84,7 +84,7 @@ def _two_pass_forward(*args: Any, moments: bool, **kwargs: Any) -> tuple[Tensor,
 LAYERS = {
     "fused": Layer(layer_forward, layer_backward, weight_gradient),
     "two-pass": Layer(_two_pass_forward, layer_backward, weight_gradient),
-    "hopper": Layer(hopper_layer.hopper_layer_forward, hopper_layer.hopper_layer_backward, plain_weight_gradient),
+    "hopper": Layer(hopper_layer.hopper_layer_forward, plain_layer_backward, plain_weight_gradient),
     "plain": Layer(plain_layer_forward, plain_layer_backward, plain_weight_gradient),
 }
 
@@ -131,18 +131,18 @@ def needs_cast(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return weights[0].dtype != dtype or not all(w.is_contiguous() for w in weights)
 
 
-def cast_weights(tape: Tape, weights: list[Tensor], key: Key, *, backward: bool = False) -> list[Tensor]:
-    """The weights, contiguous, in the products' dtype, or packed as the strategy reads them, by a kernel or two."""
-    if not key.cast and key.strategy != "hopper":
+def cast_weights(tape: Tape, weights: list[Tensor], key: Key, *, packed: bool = False) -> list[Tensor]:
+    """The weights, contiguous, in the products' dtype, or packed for the CUDA C++ kernel, by a kernel or two."""
+    if not key.cast and not packed:
         return weights
     stack = weights[0].new_empty((key.depth, key.width, key.width), dtype=key.options.dtype)
     cast = tape.unbind(stack)
     call(torch._foreach_copy_, cast, weights)
-    if key.strategy != "hopper":
+    if not packed:
         return cast
-    packed = torch.empty_like(stack)
-    call(hopper_layer.pack, packed, stack, backward)
-    return tape.unbind(packed)
+    blocks = torch.empty_like(stack)
+    call(hopper_layer.pack, blocks, stack)
+    return tape.unbind(blocks)
 
 
 def kept_shapes(key: Key) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -255,7 +255,16 @@ def _forward_tape(key: Key) -> Tape:
         norms = _Norms(key, vectors[1], vectors[2], running, momentum, tape.unbind(kept[2]))
         run: Callable[..., None] = _forward_pre if options.order == "pre" else _forward_post
         inner, stream = (tape.unbind(t) for t in kept[:2])
-        run(x, result, cast_weights(tape, weights, key), vectors[0] or [None] * depth, norms, inner, stream, key)
+        run(
+            x,
+            result,
+            cast_weights(tape, weights, key, packed=key.strategy == "hopper"),
+            vectors[0] or [None] * depth,
+            norms,
+            inner,
+            stream,
+            key,
+        )
     return tape
 
 

@@ -118,8 +118,8 @@ def _backward_tape(key: Key) -> Tape:
             *(tape.unbind(tape.input((depth, key.width), torch.float32)) for _ in range(3)),
         )
         weight_gradients = _WeightGradients(tape, key, out.weights, kept)
-        cast = cast_weights(tape, weights, key, backward=True)
-        if options.order == "pre" and key.strategy == "plain":
+        cast = cast_weights(tape, weights, key)
+        if options.order == "pre" and key.strategy in ("plain", "hopper"):
             _backward_pre_plain(grad, x, cast, kept, out, key)
         else:
             run = _backward_pre if options.order == "pre" else _backward_post

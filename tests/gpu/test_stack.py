@@ -208,7 +208,7 @@ def test_layers_in_cuda(
         assert error <= 1.5 * theirs[name] + 1e-3, (name, error, theirs[name])
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("arithmetic", ["ieee", "tf32", "half"])
 def test_every_tile(
     arithmetic: str, number: int, triton: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -216,7 +216,7 @@ def test_every_tile(
     """Each configuration that can be chosen on this chip, by value and not only by compilation."""
     from rvae_fast.kernels import configurations
 
-    assert max(len(c) for c in configurations._CANDIDATES.values()) == 5, "another number of parameters, please"
+    assert max(len(c) for c in configurations._CANDIDATES.values()) == 3, "another number of parameters, please"
     cuda = request.getfixturevalue("cuda")
     if arithmetic == "tf32":
         request.getfixturevalue("tf32")

@@ -38,30 +38,14 @@ def forward(
         tile_m2.copy_(torch.stack([(t - t.mean(0)).square().sum(0) for t in tiles(y)]))
 
 
-def dgrad(
-    activation: str, slope: float, g: Tensor, packed: Tensor, y: Tensor | None, norm_grad: Tensor | None,
-    skip_grad: Tensor | None, grad_y: Tensor | None, x: Tensor, norm: Tensor, d: Tensor, tile_sums: Tensor,
-) -> None:  # fmt: skip
-    if y is not None and norm_grad is not None and grad_y is not None:
-        mean, scale, b, c = norm_grad
-        value = scale * g.float() - b - (y.float() - mean) * c
-        grad_y.copy_(value if skip_grad is None else value + skip_grad.float())
-        g = grad_y
-    d.copy_(g.float() @ packed.float().t() * torch.where(activated(x, norm) > 0, 1.0, slope))  # packed: transposed
-    xhat = (x.float() - norm[0]) * norm[1]
-    tile_sums.copy_(torch.stack([torch.stack([t.sum(0) for t in tiles(v)]) for v in (d, d.float() * xhat)]))
-
-
-def pack(weights: Tensor, transpose: bool = False, out: Tensor | None = None) -> Tensor:
-    assert out is not None
+def pack(weights: Tensor, *, out: Tensor) -> Tensor:
     assert out.shape == (DEPTH, WIDTH * WIDTH)
-    return out.copy_((weights.transpose(1, 2) if transpose else weights).reshape(out.shape))
+    return out.copy_(weights.reshape(out.shape))
 
 
 @pytest.mark.parametrize("batch_stats", [True, False])
 def test_a_stack_is_that_of_plain_layers(batch_stats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "launch_forward", forward)
-    monkeypatch.setattr(hopper, "launch_dgrad", dgrad)
     monkeypatch.setattr(hopper, "pack_weight", pack)
     monkeypatch.setattr(hopper_layer, "why_not", lambda *_: None)
     g = torch.Generator().manual_seed(0)
@@ -84,7 +68,7 @@ def test_a_stack_is_that_of_plain_layers(batch_stats: bool, monkeypatch: pytest.
     for name, expected in exact.items():
         # Root mean squares: at LeakyReLU's kink a rounding may change a single gradient tenfold.
         one, other = ((found[name].float() - expected).square().mean().sqrt() for found in (ours, plain))
-        assert one <= 1.5 * other + 1e-3 * expected.square().mean().sqrt(), name
+        assert one <= 2 * other + 1e-3 * expected.square().mean().sqrt(), name
 
 
 def test_what_is_not_covered_runs_otherwise() -> None:
