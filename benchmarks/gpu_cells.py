@@ -82,15 +82,15 @@ GRID = tuple(
 
 
 def jobs() -> list[Job]:
-    """Every job, in order: the roofs; the key cells by us and eagerly, the host's share first; the rivals that the key
-    cells are held against, quickest to compile first; their other rivals; the grid; then the counts."""
+    """Every job, in order: the roofs; the key cells by us and eagerly, the host's share first, of the deep ones with
+    the rivals that they are held against; the other key cells' rivals; the grid; then the counts."""
+    ours = ("rvae_fast", "eager", "rvae_fast graph")
     order = [Job(ROOFS, "rvae_fast")]
-    order += [
-        Job(cell, variant) for cell in (KEY[8], *KEY[:8]) for variant in ("rvae_fast", "eager", "rvae_fast graph")
-    ]
-    order += [Job(KEY[i], "compile") for i in (3, 4, 7)]
+    order += [Job(cell, variant) for cell in (KEY[8], *KEY[:3], KEY[5]) for variant in ours]
     order += [Job(KEY[1], "eager graph"), Job(KEY[1], "compile reduce-overhead")]
     order += [Job(KEY[i], "compile") for i in (0, 5, 2)]
+    order += [Job(KEY[i], variant) for i in (3, 4, 6, 7) for variant in ours]
+    order += [Job(KEY[i], "compile") for i in (3, 4, 7)]
     order += [Job(KEY[i], "compile reduce-overhead") for i in (5, 0, 2)]
     order += [Job(KEY[i], "compile max-autotune") for i in (5, 1, 0)]
     order += [Job(cell, "compile") for cell in KEY]

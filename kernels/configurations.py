@@ -8,8 +8,8 @@ first that fills the machine: tiles, and with them the order of every sum, then 
 What the choices rest on, measured on an H200 (``docs/notes/performance.md`` has the figures):
 
 * A prologue between load and product keeps Triton's products from the tensor cores' rate: at 65536 rows of 512 a fused
-  forward takes 202 us with the best of 78 tiles, cuBLAS's product with the passes beside it 135; a fused input gradient
-  374 against 223. So wherever rows and columns fill the chip, layers run by cuBLAS ("plain").
+  forward takes 201 us with the best of 78 tiles, cuBLAS's product with the passes beside it 122 or, with a residual,
+  152; a fused input gradient 374 against 181. So where rows and columns fill the chip, layers run by cuBLAS ("plain").
 * A small layer's time is that of its launches: fused, it has one each way, and cuBLAS needs two to four. ``FUSED_ROWS``
   and ``FUSED_WIDTH`` bound where.
 * Among the fused kernels' tiles 4 warps beat 8, and steps of 32 those of 64, wherever registers are short.

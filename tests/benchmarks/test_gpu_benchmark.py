@@ -63,8 +63,10 @@ def test_what_matters_most_comes_first() -> None:
     jobs = gpu_cells.jobs()
     assert len(jobs) == len(set(jobs))
     assert jobs[0].cell.workload == "roofs"
-    first = [job.cell for job in jobs[1:27]]
+    first = [job.cell for job in jobs[1:32]]
     assert set(first) == set(gpu_cells.KEY)
+    deep = [job for job in jobs[1:20] if job.variant.startswith("compile")]
+    assert {job.cell for job in deep} == {gpu_cells.KEY[i] for i in (0, 1, 2, 5)}
     assert {job.variant for job in jobs} == set(gpu_cells.VARIANTS)
     for cell in gpu_cells.KEY:
         variants = {job.variant for job in jobs if job.cell == cell}
