@@ -55,7 +55,7 @@ def why_not(
 def _self_check(device: torch.device) -> str | None:
     """Whether the kernels, compiled here and now, give what PyTorch gives: what they do not is not used."""
     try:
-        with torch.random.fork_rng([device]):
+        with torch.random.fork_rng([device]), torch.no_grad(), torch.autocast("cuda", enabled=False):
             wrong = _largest_error(device)
     except (OSError, RuntimeError) as error:
         reason = f"they cannot be compiled or run: {error}"

@@ -93,7 +93,12 @@ def compiled(file: str, defines: Sequence[str] = (), *, compiler: str | None = N
     if kept.exists():
         return kept.read_bytes()
     nvcc = _nvcc() if compiler != "nvrtc" else None
-    binary = _by_nvrtc(source, defines) if nvcc is None else _by_nvcc(nvcc, source, defines)
+    try:
+        binary = _by_nvrtc(source, defines) if nvcc is None else _by_nvcc(nvcc, source, defines)
+    except RuntimeError:  # an nvcc that does not know this chip, say
+        if nvcc is None or compiler == "nvcc":
+            raise
+        binary = _by_nvrtc(source, defines)
     kept.parent.mkdir(parents=True, exist_ok=True)
     fresh = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     fresh.write_bytes(binary)
