@@ -145,6 +145,15 @@ def cast_weights(tape: Tape, weights: list[Tensor], key: Key, *, packed: bool = 
     return tape.unbind(blocks)
 
 
+def cast_biases(tape: Tape, biases: list[Tensor], key: Key) -> list[Tensor]:
+    """The biases as the library's products take them, in their dtype: one kernel for all of them."""
+    if not biases or key.strategy != "plain" or key.bias == key.options.dtype:
+        return biases
+    cast = tape.unbind(biases[0].new_empty((key.depth, key.width), dtype=key.options.dtype))
+    call(torch._foreach_copy_, cast, biases)
+    return cast
+
+
 def kept_shapes(key: Key) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Of inner, stream and norms."""
     units = key.depth // key.options.layers
@@ -255,16 +264,9 @@ def _forward_tape(key: Key) -> Tape:
         norms = _Norms(key, vectors[1], vectors[2], running, momentum, tape.unbind(kept[2]))
         run: Callable[..., None] = _forward_pre if options.order == "pre" else _forward_post
         inner, stream = (tape.unbind(t) for t in kept[:2])
-        run(
-            x,
-            result,
-            cast_weights(tape, weights, key, packed=key.strategy == "hopper"),
-            vectors[0] or [None] * depth,
-            norms,
-            inner,
-            stream,
-            key,
-        )
+        cast = cast_weights(tape, weights, key, packed=key.strategy == "hopper")
+        biases = cast_biases(tape, vectors[0], key)
+        run(x, result, cast, biases or [None] * depth, norms, inner, stream, key)
     return tape
 
 
