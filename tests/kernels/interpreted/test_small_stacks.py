@@ -81,18 +81,18 @@ def options_for(order: str, layers: int = 2, *, batch_stats: bool = True, dtype:
     return StackOptions(layers, order, "silu", 0.01, batch_stats, dtype)
 
 
-@pytest.mark.parametrize(("rows", "width", "layers"), [(2, 1, 2), (63, 33, 1), (129, 65, 2), (200, 31, 3)])
+@pytest.mark.parametrize(("rows", "width", "layers"), [(2, 1, 2), (63, 33, 1), (129, 65, 1), (200, 31, 2)])
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_shapes(order: str, rows: int, width: int, layers: int) -> None:
-    assert_same(torch.randn(rows, width) * 2 + 1, make(width, 3 * layers), options_for(order, layers))
+    assert_same(torch.randn(rows, width) * 2 + 1, make(width, 2 * layers), options_for(order, layers))
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
 @pytest.mark.parametrize("batch_stats", [True, False])
 @pytest.mark.parametrize("parameters", [True, False])
 def test_either_statistics_with_and_without_parameters(order: str, batch_stats: bool, parameters: bool) -> None:
-    state = make(40, 6, affine=parameters, bias=parameters)
-    assert_same(torch.randn(130, 40), state, options_for(order, batch_stats=batch_stats))
+    state = make(20, 4, affine=parameters, bias=parameters)
+    assert_same(torch.randn(70, 20), state, options_for(order, batch_stats=batch_stats))
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
@@ -126,7 +126,7 @@ def test_the_result_does_not_depend_on_keeping(order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
-@pytest.mark.parametrize("units", [1, 2, 3, 5])
+@pytest.mark.parametrize("units", [1, 2, 5])
 def test_groups_of_units(order: str, units: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for so many units' gradients and no more."""
     rows, width = 70, 20
@@ -137,7 +137,7 @@ def test_groups_of_units(order: str, units: int, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
-@pytest.mark.parametrize("need", ["0111111111", "1110110111", "0101010101", "0000100000", "0000000000"])
+@pytest.mark.parametrize("need", ["1110110111", "0101010101", "0000000000"])
 def test_gradients_only_where_wanted(order: str, need: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, state, options = torch.randn(70, 9), make(9, 10), options_for(order)
     monkeypatch.setattr(configurations, "GROUPED_BYTES", 3 * 2 * 70 * 9 * 4)
