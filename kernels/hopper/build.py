@@ -6,6 +6,7 @@ options. They come from nvcc where there is one, otherwise from NVRTC, the compi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -99,10 +100,11 @@ def compiled(file: str, defines: Sequence[str] = (), *, compiler: str | None = N
         if nvcc is None or compiler == "nvcc":
             raise
         binary = _by_nvrtc(source, defines)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    fresh = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    fresh.write_bytes(binary)
-    fresh.replace(kept)
+    with contextlib.suppress(OSError):  # a folder that cannot be written to costs another compilation at the next start
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        fresh = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        fresh.write_bytes(binary)
+        fresh.replace(kept)
     return binary
 
 
