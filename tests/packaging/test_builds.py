@@ -168,7 +168,9 @@ def test_the_sdist_holds_everything_that_a_build_and_the_tests_need(distribution
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {"LICENSE", "CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile", "requirements/torch.txt"}
     wanted |= tracked("csrc", ".cpp", ".h", ".in", ".cu", ".cuh") | tracked("build_tools", ".py")
-    wanted |= tracked("rvae_fast", ".py", *PACKAGE_DATA) | tracked("kernels", ".py", ".json") | tracked("tests", ".py")
+    wanted |= (
+        tracked("rvae_fast", ".py", *PACKAGE_DATA) | tracked("kernels", ".py", ".json", ".cu") | tracked("tests", ".py")
+    )
     assert wanted - names == set()
     assert [name for name in names if "_C_build" in name or name.endswith((".so", ".pyc"))] == []
 
@@ -177,7 +179,7 @@ def test_the_wheel_installs_elsewhere_and_works(distributions: tuple[Path, Path]
     with zipfile.ZipFile(distributions[1]) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path)
-    python = {name.replace("kernels/", "rvae_fast/kernels/", 1) for name in tracked("kernels", ".py", ".json")}
+    python = {name.replace("kernels/", "rvae_fast/kernels/", 1) for name in tracked("kernels", ".py", ".json", ".cu")}
     assert (tracked("rvae_fast", ".py", *PACKAGE_DATA) | python) - names == set()
     assert "rvae_fast/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
