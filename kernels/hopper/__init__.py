@@ -169,8 +169,8 @@ def launch_forward(
     for tensor, name in ((x, "x"), (residual, "residual"), (y, "out")):
         _check(tensor, (rows, inner if name == "x" else width), torch.bfloat16, name)
     _check(norm, (5, inner), torch.float32, "norm")
-    if bias is not None and bias.dtype != torch.float32:
-        bias = bias.float()
+    if bias is not None and (bias.dtype != torch.float32 or bias.data_ptr() % 16):
+        bias = bias.to(torch.float32, copy=True)  # a view of something larger may begin anywhere
     _launch(
         0, activation, negative_slope, inner, width, rows, x.device, cluster, flags, input=x, in_norm=norm,
         weight=packed, bias=bias, extra=residual, out=y, column0=tile_mean, column1=tile_m2,

@@ -76,3 +76,18 @@ def test_what_is_not_covered_runs_otherwise() -> None:
     options = StackOptions(2, "pre", "relu", 0.0, True, BF16)
     assert hopper_why_not(options, x) == "devices other than Hopper's"
     assert choice(options, x, "hopper")[0] == configurations.default_strategy("half", 300, 128)
+
+
+@pytest.mark.parametrize("kind", ["aligned", "a view that begins anywhere", "bf16"])
+def test_a_bias_comes_to_the_kernel_in_fp32_and_aligned(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(hopper, "_launch", lambda *_, bias, **__: seen.append(bias))
+    bias = (
+        torch.randn(129)[1:] if kind.startswith("a view") else torch.randn(128, dtype=BF16 if kind == "bf16" else None)
+    )
+    x, norm = torch.zeros(3, 128, dtype=BF16), torch.ones(5, 128)
+    hopper.launch_forward("relu", 0.0, x, torch.zeros(128, 128, dtype=BF16), bias, norm, None, x.clone(), None, None)
+    assert seen[0].dtype == torch.float32
+    assert seen[0].data_ptr() % 16 == 0
+    assert torch.equal(seen[0], bias.float())
+    assert (seen[0] is bias) == (kind == "aligned")
