@@ -48,10 +48,17 @@ def why_not(
         return f"products in {dtype} on rows of {stream}"
     if width not in hopper.WIDTHS or not aligned:
         return f"rows of {width} features" if aligned else "rows that do not begin at multiples of 16 bytes"
-    return _self_check(device)
+    if device not in _checked:
+        if torch.cuda.is_current_stream_capturing():
+            return "a capture before the first run, whose check cannot be captured"
+        _checked[device] = _self_check(device)
+    return _checked[device]
 
 
-@functools.lru_cache(maxsize=16)
+#: What the check has found, by device.
+_checked: dict[torch.device, str | None] = {}
+
+
 def _self_check(device: torch.device) -> str | None:
     """Whether the kernels, compiled here and now, give what PyTorch gives: what they do not is not used."""
     try:

@@ -91,3 +91,23 @@ def test_a_bias_comes_to_the_kernel_in_fp32_and_aligned(kind: str, monkeypatch: 
     assert seen[0].data_ptr() % 16 == 0
     assert torch.equal(seen[0], bias.float())
     assert (seen[0] is bias) == (kind == "aligned")
+
+
+def test_the_check_runs_once_and_not_within_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[torch.device] = []
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(hopper_layer, "_self_check", lambda device: ran.append(device))
+    monkeypatch.setattr(hopper_layer, "_checked", {})
+    device = torch.device("cuda", 0)
+
+    def reason() -> str | None:
+        return hopper_layer.why_not(device, "pre", BF16, BF16, 128, True)
+
+    assert "capture" in str(reason())
+    capturing[0] = False
+    assert reason() is None
+    capturing[0] = True
+    assert reason() is None
+    assert ran == [device]
