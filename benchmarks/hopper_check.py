@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -20,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "kernels"))
 os.environ.setdefault("RVAE_FAST_HOPPER_CACHE", str(ROOT / "build" / "hopper"))
 
-import hopper  # noqa: E402
 import torch  # noqa: E402
-from hopper import build  # noqa: E402
+
+from rvae_fast.kernels import hopper  # noqa: E402
+from rvae_fast.kernels.hopper import build  # noqa: E402
+from rvae_fast.kernels.tuning import time_on_gpu  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 CHECKED = ("-DHOPPER_CHECK",)
@@ -239,27 +239,6 @@ def step_dgrad(cluster: int) -> None:
         say(f"dgrad cl{cluster} {shape} {act}: grad_y {text[0]}; d {text[1]}; sums {text[2]}")
 
 
-def seconds(function: Callable[[], Any], launches: int = 8, replays: int = 5) -> float:
-    """Median seconds of a call, by replays of a graph."""
-    for _ in range(2):
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            function()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / launches)
-    return statistics.median(times)
-
-
 def time_shape(kernel: str, rows: int, width: int) -> None:
     # Launches of a graph work on several sets of tensors, as the layers of a stack do.
     cases = [(forward_case if kernel == "forward" else backward_case)(rows, width, width) for _ in range(3)]
@@ -278,16 +257,16 @@ def time_shape(kernel: str, rows: int, width: int) -> None:
         for i, (cluster, extra) in enumerate(VARIANTS[kernel]):
             options: dict[str, Any] = {"cluster": cluster, "extra": extra}
             name = f"cluster {cluster}" + "".join(e.replace("-D", " ") for e in extra)
-            text.append(f"{name} {seconds(lambda o=options: run(**o)) * 1e6:.1f}")
+            text.append(f"{name} {time_on_gpu(lambda o=options: run(**o)) * 1e6:.1f}")
             bare = options | {optional: None}
-            text.append(f"no {optional} {seconds(lambda o=bare: run(**o)) * 1e6:.1f}")
+            text.append(f"no {optional} {time_on_gpu(lambda o=bare: run(**o)) * 1e6:.1f}")
             if i == 0 and kernel == "forward":
                 bare["moments"] = False
-                text.append(f"no moments either {seconds(lambda o=bare: run(**o)) * 1e6:.1f}")
+                text.append(f"no moments either {time_on_gpu(lambda o=bare: run(**o)) * 1e6:.1f}")
         out, bias = torch.empty_like(source), torch.zeros(width, device=DEVICE, dtype=torch.bfloat16)
-        text.append(f"addmm {seconds(lambda: torch.addmm(bias, source, weight.t(), out=out)) * 1e6:.1f}")
-        text.append(f"pack {seconds(lambda: hopper.pack_weight(weight, kernel == 'dgrad', packed)) * 1e6:.1f}")
-        text.append(f"copy {seconds(lambda: out.copy_(source)) * 1e6:.1f}")
+        text.append(f"addmm {time_on_gpu(lambda: torch.addmm(bias, source, weight.t(), out=out)) * 1e6:.1f}")
+        text.append(f"pack {time_on_gpu(lambda: hopper.pack_weight(weight, kernel == 'dgrad', packed)) * 1e6:.1f}")
+        text.append(f"copy {time_on_gpu(lambda: out.copy_(source)) * 1e6:.1f}")
     finally:
         say(f"time {kernel} {rows}x{width}, us: " + "; ".join(text))
 
@@ -317,7 +296,7 @@ def step_parts(kernel: str) -> None:
     text = []
     for name, without in PARTS.items():
         options = (f"-DWITHOUT={without}",)
-        took = seconds(lambda o=options: function(**case, activation="leaky_relu", packed=packed, extra=o))
+        took = time_on_gpu(lambda o=options: function(**case, activation="leaky_relu", packed=packed, extra=o))
         text.append(f"{name} {took * 1e6:.1f}")
     say(f"time {kernel} {rows}x{width} without, us: " + "; ".join(text))
 

@@ -14,7 +14,7 @@ grad_layer_bias         [features]          fp32       stored by the first progr
 A merge in a launch of its own (``batch_norm.py``) costs 2.5 us whatever its size. With few row tiles every program of
 the consumer can read them all instead, from the second-level cache: 32 tiles of 128 columns are 32 KB. All programs
 merge in the same order, so all have the same bits, and repeats have too. Which layers run so is
-``configurations.defers``'s choice.
+``configurations.deferred_tiles``'s choice.
 """
 
 from __future__ import annotations

@@ -99,13 +99,6 @@ def pack(out: Tensor, weights: Tensor) -> None:
     hopper.pack_weight(weights, out=out.view(out.shape[0], -1))
 
 
-def _forward(
-    activation: str, slope: float, x: Tensor, packed: Tensor, bias: Tensor | None, norm: Tensor,
-    residual: Tensor | None, y: Tensor, tile_mean: Tensor | None, tile_m2: Tensor | None,
-) -> None:  # fmt: skip
-    hopper.launch_forward(activation, slope, x, packed, bias, norm, residual, y, tile_mean, tile_m2)
-
-
 def hopper_layer_forward(
     x: Tensor,
     weight: Tensor,
@@ -121,8 +114,8 @@ def hopper_layer_forward(
     """As :func:`.layer_forward.layer_forward`, with a packed ``weight``."""
     rows, width = x.shape[0], weight.shape[0]
     y = weight.new_empty((rows, width)) if out is None else out
-    tile_mean = x.new_empty((-(-rows // hopper.BLOCK_M), width), dtype=torch.float32) if moments else None
+    tile_mean = x.new_empty((hopper.tiles_of(rows), width), dtype=torch.float32) if moments else None
     tile_m2 = None if tile_mean is None else torch.empty_like(tile_mean)
-    run = functools.partial(_forward, activation, negative_slope)
+    run = functools.partial(hopper.launch_forward, activation, negative_slope)
     call(run, x, weight, bias, norm, residual, y, tile_mean, tile_m2)
     return y, None if tile_mean is None or tile_m2 is None else (tile_mean, tile_m2, hopper.BLOCK_M)

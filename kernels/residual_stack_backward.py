@@ -117,12 +117,12 @@ def _backward_tape(key: Key) -> Tape:
             tape.unbind(tape.input((depth if any(key.need_weights) else 0, *square), torch.float32)),
             *(tape.unbind(tape.input((depth, key.width), torch.float32)) for _ in range(3)),
         )
-        weight_gradients = _WeightGradients(tape, key, out.weights, kept)
         cast = cast_weights(tape, weights, key)
         if options.order == "pre" and key.strategy in ("plain", "hopper"):
             _backward_pre_plain(grad, x, cast, kept, out, key)
         else:
             run = _backward_pre if options.order == "pre" else _backward_post
+            weight_gradients = _WeightGradients(tape, key, out.weights, kept)
             run(grad, x, cast, kept, out, weight_gradients, key)
     return tape
 

@@ -7,6 +7,7 @@ They take the same arguments as ``layer_forward`` and ``layer_backward`` in orde
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -36,9 +37,14 @@ class _Arguments(ctypes.Structure):
     ]  # fmt: skip
 
 
+def tiles_of(rows: int) -> int:
+    """Tiles of so many rows."""
+    return -(-rows // BLOCK_M)
+
+
 def split_of(rows: int, width: int, multiprocessors: int) -> int:
     """How many CTAs share the columns of a tile of rows: as many as there are multiprocessors for."""
-    tiles, split = -(-rows // BLOCK_M), 1
+    tiles, split = tiles_of(rows), 1
     while width // 128 % (2 * split) == 0 and 2 * split * tiles <= multiprocessors:
         split *= 2
     return split
@@ -108,18 +114,27 @@ def _launch(
     mode: int, activation: str, slope: float, inner: int, width: int, rows: int, device: torch.device, cluster: int,
     flags: tuple[str, ...], *, column0: Tensor | None, column1: Tensor | None, **tensors: Tensor | None,
 ) -> None:  # fmt: skip
-    tiles = -(-rows // BLOCK_M)
     values = {name: _address(t) for name, t in tensors.items()}
     arguments = _Arguments(
-        **values, column0=_address(column0), column1=_address(column1), rows=rows, tiles=tiles, slope=slope
+        **values, column0=_address(column0), column1=_address(column1), rows=rows, tiles=tiles_of(rows), slope=slope
     )
+    with torch.cuda.device(device):
+        run, grid = _plan(mode, activation, inner, width, rows, device, cluster, flags)
+        run(grid, THREADS, arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    mode: int, activation: str, inner: int, width: int, rows: int, device: torch.device, cluster: int,
+    flags: tuple[str, ...],
+) -> tuple[build.Kernel, tuple[int, int]]:  # fmt: skip
+    """The kernel, on the device that is current, and its grid: looked up once, since every layer asks."""
     chip = torch.cuda.get_device_properties(device).multi_processor_count
     split = split_of(rows, width, chip)
-    grid = min(-(-tiles // cluster), chip // split // cluster) * cluster
+    grid = min(-(-tiles_of(rows) // cluster), chip // split // cluster) * cluster
     options = defines(mode, activation, inner, width, cluster, split, flags)
-    with torch.cuda.device(device):
-        run = build.kernel("layer.cu", "layer", options, shared_bytes(inner, width // split), device.index)
-        run((grid, split), THREADS, arguments)
+    run = build.kernel("layer.cu", "layer", options, shared_bytes(inner, width // split), device.index)
+    return run, (grid, split)
 
 
 def hopper_forward(
@@ -140,7 +155,7 @@ def hopper_forward(
     """``layer_forward`` in bf16; ``packed`` is ``pack_weight(weight)`` where the caller has it already."""
     rows, width = x.shape[0], weight.shape[0]
     y = torch.empty((rows, width), dtype=torch.bfloat16, device=x.device) if out is None else out
-    tile_mean = x.new_empty((-(-rows // BLOCK_M), width), dtype=torch.float32) if moments else None
+    tile_mean = x.new_empty((tiles_of(rows), width), dtype=torch.float32) if moments else None
     tile_m2 = None if tile_mean is None else torch.empty_like(tile_mean)
     packed = pack_weight(weight) if packed is None else packed
     launch_forward(
@@ -197,7 +212,7 @@ def hopper_dgrad(
     rows, inner = g.shape[0], weight.shape[1]
     d = torch.empty((rows, inner), dtype=torch.bfloat16, device=g.device) if out is None else out
     grad_y = None if y is None else torch.empty_like(y)
-    tile_sums = g.new_empty((2, -(-rows // BLOCK_M), inner), dtype=torch.float32)
+    tile_sums = g.new_empty((2, tiles_of(rows), inner), dtype=torch.float32)
     packed = pack_weight(weight, True) if packed is None else packed
     launch_dgrad(
         activation, negative_slope, g, packed, y, norm_grad, skip_grad, grad_y, x, norm, d, tile_sums, cluster=cluster,
