@@ -335,7 +335,7 @@ def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-def _launch_forward(
+def forward(
     x: Tensor,
     x_hat: Tensor,
     mu: Tensor | None,
@@ -343,11 +343,16 @@ def _launch_forward(
     feature_weight: Tensor | None,
     likelihood: str,
     reduction: str,
-    error: Tensor,
-    kld: Tensor | None,
-    config: Walk | None,
-) -> None:
+    config: Walk | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`rvae_fast.reference.reconstruction_kld` for fp32, bf16 and fp16 tensors: error and kld, fp32 [rows]."""
     rows, features = x.shape
+    # Not two rows of one tensor: compiled graphs rely on an op's results beginning at multiples of 16 bytes.
+    error, kld = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
+    if mu is None:
+        kld.zero_()
+    if not rows:
+        return error, kld
     x, x_hat, mu, logvar = (_by_rows(t) for t in (x, x_hat, mu, logvar))  # type: ignore[assignment]
     latent = 0 if mu is None else mu.shape[1]
     config = loss_walk(rows, features) if config is None else config
@@ -360,27 +365,6 @@ def _launch_forward(
         LIKELIHOOD=likelihood, WHOLE=features <= config.block_n, **config.constants, KLD_M=kld_m, KLD_N=kld_n,
         options=config.options,
     )  # fmt: skip
-
-
-def forward(
-    x: Tensor,
-    x_hat: Tensor,
-    mu: Tensor | None,
-    logvar: Tensor | None,
-    feature_weight: Tensor | None,
-    likelihood: str,
-    reduction: str,
-    config: Walk | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`rvae_fast.reference.reconstruction_kld` for fp32, bf16 and fp16 tensors: error and kld, fp32 [rows]."""
-    rows = x.shape[0]
-    # Not two rows of one tensor: compiled graphs rely on an op's results beginning at multiples of 16 bytes.
-    error, kld = (x.new_empty((rows,), dtype=torch.float32) for _ in range(2))
-    if mu is None:
-        kld.zero_()
-    if not rows:
-        return error, kld
-    _launch_forward(x, x_hat, mu, logvar, feature_weight, likelihood, reduction, error, kld, config)
     return error, kld
 
 
