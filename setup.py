@@ -69,7 +69,7 @@ setup(
     package_data={
         "rvae_fast": ["py.typed", "*.html", "*.j2", "*.css", "*.js", "*.json"],
         "rvae_fast.kernels": ["*.json"],
-        "rvae_fast.kernels.hopper": ["*.cu"],
+        "rvae_fast.kernels.hopper": ["*.cu", "*.cuh"],
         "": ["templates/*", "assets/*", "*.html", "*.j2", "*.css", "*.js"],
     },
     include_package_data=False,

@@ -21,11 +21,9 @@ hopper() { # source, options
   rm -f "$out/a.cubin"
 }
 hopper kernels/hopper/pack.cu
-for mode in 0 1; do
-  for sizes in "-DKC=2 -DPANELS=1" "-DKC=8 -DPANELS=4"; do
-    # shellcheck disable=SC2086 # options, one a word
-    hopper kernels/hopper/layer.cu -DMODE=$mode -DACT=5 -DCL=2 $sizes
-  done
+for sizes in "-DKC=2 -DPANELS=1" "-DKC=8 -DPANELS=4"; do
+  # shellcheck disable=SC2086 # options, one a word
+  hopper kernels/hopper/layer.cu -DACT=5 -DCL=2 $sizes
 done
 for source in "${sources[@]}"; do
   for arch in 80 90a 100a; do

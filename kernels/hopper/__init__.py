@@ -1,7 +1,7 @@
-"""A layer of a residual block on Hopper in bf16: the fused forward and the fused input gradient, in CUDA C++.
+"""A layer of a residual block on Hopper in bf16: the fused forward, in CUDA C++.
 
-They take the same arguments as ``layer_forward`` and ``layer_backward`` in order "pre", for widths of 128, 256, 384 and
-512 (the sum's may differ from the result's), and weights packed by :func:`pack_weight`. See ``layer.cu``.
+It takes the arguments of ``layer_forward`` in order "pre", for widths of 128, 256, 384 and 512 (the sum's may differ
+from the result's), and weights packed by :func:`pack_weight`. See ``layer.cu``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ CLUSTER = 2
 
 
 class _Arguments(ctypes.Structure):
-    """``Arguments`` of ``layer.cu``."""
+    """``Arguments`` of ``layout.cuh``."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "input", "raw", "skip", "in_norm", "prologue", "weight", "bias", "extra", "out_norm", "out", "column0",
-            "column1",
+            "x", "norm", "weight", "bias", "residual", "y", "tile_mean", "tile_m2",
         )),
         ("rows", ctypes.c_int), ("tiles", ctypes.c_int), ("slope", ctypes.c_float),
     ]  # fmt: skip
@@ -51,13 +50,12 @@ def split_of(rows: int, width: int, multiprocessors: int) -> int:
 
 
 def defines(
-    mode: int, activation: str, inner: int, width: int, cluster: int, split: int = 1, extra: tuple[str, ...] = ()
+    activation: str, inner: int, width: int, cluster: int, split: int = 1, extra: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
     """The ``-D`` options of a kernel: a sum over ``inner``, ``width`` columns."""
     if inner not in WIDTHS or width not in WIDTHS:
         raise ValueError(f"widths must be among {WIDTHS}, not {inner} and {width}")
     values = {
-        "MODE": mode,
         "ACT": ACTIVATIONS.index(activation),
         "KC": inner // 64,
         "PANELS": width // 128 // split,
@@ -87,8 +85,8 @@ def _check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, na
         )
 
 
-def pack_weight(weight: Tensor, transpose: bool = False, out: Tensor | None = None) -> Tensor:
-    """Weights ``[..., out, in]`` (fp32 or bf16, contiguous) as blocks for the forward, transposed for the backward.
+def pack_weight(weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Weights ``[..., out, in]`` (fp32 or bf16, contiguous) as the blocks that the kernel copies.
 
     Returns
     -------
@@ -101,9 +99,8 @@ def pack_weight(weight: Tensor, transpose: bool = False, out: Tensor | None = No
         raise ValueError("weights must be contiguous, fp32 or bf16")
     if out is None:
         out = weight.new_empty((*weight.shape[:-2], height * inner), dtype=torch.bfloat16)
-    columns, total = (inner, height) if transpose else (height, inner)
-    grid = (columns * total // 8 // 256, weight.numel() // (height * inner))
-    sizes = (columns, total, transpose, weight.dtype == torch.float32)
+    grid = (height * inner // 8 // 256, weight.numel() // (height * inner))
+    sizes = (height, inner, weight.dtype == torch.float32)
     with torch.cuda.device(weight.device):
         run = build.kernel("pack.cu", "pack_weight", (), 0, weight.device.index)
         run(grid, 256, *(ctypes.c_void_p(t.data_ptr()) for t in (weight, out)), *map(ctypes.c_int, sizes))
@@ -111,28 +108,25 @@ def pack_weight(weight: Tensor, transpose: bool = False, out: Tensor | None = No
 
 
 def _launch(
-    mode: int, activation: str, slope: float, inner: int, width: int, rows: int, device: torch.device, cluster: int,
-    flags: tuple[str, ...], *, column0: Tensor | None, column1: Tensor | None, **tensors: Tensor | None,
+    activation: str, slope: float, inner: int, width: int, rows: int, device: torch.device, cluster: int,
+    flags: tuple[str, ...], **tensors: Tensor | None,
 ) -> None:  # fmt: skip
     values = {name: _address(t) for name, t in tensors.items()}
-    arguments = _Arguments(
-        **values, column0=_address(column0), column1=_address(column1), rows=rows, tiles=tiles_of(rows), slope=slope
-    )
+    arguments = _Arguments(**values, rows=rows, tiles=tiles_of(rows), slope=slope)
     with torch.cuda.device(device):
-        run, grid = _plan(mode, activation, inner, width, rows, device, cluster, flags)
+        run, grid = _plan(activation, inner, width, rows, device, cluster, flags)
         run(grid, THREADS, arguments)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    mode: int, activation: str, inner: int, width: int, rows: int, device: torch.device, cluster: int,
-    flags: tuple[str, ...],
+    activation: str, inner: int, width: int, rows: int, device: torch.device, cluster: int, flags: tuple[str, ...]
 ) -> tuple[build.Kernel, tuple[int, int]]:  # fmt: skip
     """The kernel, on the device that is current, and its grid: looked up once, since every layer asks."""
     chip = torch.cuda.get_device_properties(device).multi_processor_count
     split = split_of(rows, width, chip)
     grid = min(-(-tiles_of(rows) // cluster), chip // split // cluster) * cluster
-    options = defines(mode, activation, inner, width, cluster, split, flags)
+    options = defines(activation, inner, width, cluster, split, flags)
     run = build.kernel("layer.cu", "layer", options, shared_bytes(inner, width // split), device.index)
     return run, (grid, split)
 
@@ -187,67 +181,6 @@ def launch_forward(
     if bias is not None and (bias.dtype != torch.float32 or bias.data_ptr() % 16):
         bias = bias.to(torch.float32, copy=True)  # a view of something larger may begin anywhere
     _launch(
-        0, activation, negative_slope, inner, width, rows, x.device, cluster, flags, input=x, in_norm=norm,
-        weight=packed, bias=bias, extra=residual, out=y, column0=tile_mean, column1=tile_m2,
-    )  # fmt: skip
-
-
-def hopper_dgrad(
-    g: Tensor,
-    weight: Tensor,
-    *,
-    y: Tensor | None = None,
-    norm_grad: Tensor | None = None,
-    skip_grad: Tensor | None = None,
-    x: Tensor,
-    norm: Tensor,
-    activation: str = "identity",
-    negative_slope: float = 0.01,
-    out: Tensor | None = None,
-    packed: Tensor | None = None,
-    cluster: int = CLUSTER,
-    extra: tuple[str, ...] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``layer_backward`` in bf16; ``packed`` is ``pack_weight(weight, True)`` where the caller has it already."""
-    rows, inner = g.shape[0], weight.shape[1]
-    d = torch.empty((rows, inner), dtype=torch.bfloat16, device=g.device) if out is None else out
-    grad_y = None if y is None else torch.empty_like(y)
-    tile_sums = g.new_empty((2, tiles_of(rows), inner), dtype=torch.float32)
-    packed = pack_weight(weight, True) if packed is None else packed
-    launch_dgrad(
-        activation, negative_slope, g, packed, y, norm_grad, skip_grad, grad_y, x, norm, d, tile_sums, cluster=cluster,
-        flags=extra,
-    )  # fmt: skip
-    return d, g if grad_y is None else grad_y, tile_sums
-
-
-def launch_dgrad(
-    activation: str,
-    negative_slope: float,
-    g: Tensor,
-    packed: Tensor,
-    y: Tensor | None,
-    norm_grad: Tensor | None,
-    skip_grad: Tensor | None,
-    grad_y: Tensor | None,
-    x: Tensor,
-    norm: Tensor,
-    d: Tensor,
-    tile_sums: Tensor,
-    *,
-    cluster: int = CLUSTER,
-    flags: tuple[str, ...] = (),
-) -> None:
-    """The input gradient's launch, into tensors that are there."""
-    (rows, width), inner = g.shape, d.shape[1]
-    for tensor, columns, name in (
-        (g, width, "g"), (y, width, "y"), (skip_grad, width, "skip_grad"), (x, inner, "x"), (d, inner, "out"),
-    ):  # fmt: skip
-        _check(tensor, (rows, columns), torch.bfloat16, name)
-    _check(norm_grad, (4, width), torch.float32, "norm_grad")
-    _check(norm, (5, inner), torch.float32, "norm")
-    _launch(
-        1, activation, negative_slope, width, inner, rows, g.device, cluster, flags, input=g, raw=y,
-        skip=None if y is None else skip_grad, in_norm=norm_grad, prologue=grad_y, weight=packed, extra=x,
-        out_norm=norm, out=d, column0=tile_sums[0], column1=tile_sums[1],
+        activation, negative_slope, inner, width, rows, x.device, cluster, flags, x=x, norm=norm, weight=packed,
+        bias=bias, residual=residual, y=y, tile_mean=tile_mean, tile_m2=tile_m2,
     )  # fmt: skip

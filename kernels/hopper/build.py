@@ -1,6 +1,6 @@
 """Compile the .cu files beside this one for sm_90a, load them and launch them, through the driver's C interface.
 
-Binaries are kept in a folder (``RVAE_FAST_HOPPER_CACHE``, by default the user's cache) under a hash of source and
+Binaries are kept in a folder (``RVAE_FAST_HOPPER_CACHE``, by default the user's cache) under a hash of sources and
 options. They come from nvcc where there is one, otherwise from NVRTC, the compiler library that PyTorch brings along.
 """
 
@@ -32,6 +32,11 @@ INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 def cache_folder() -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rvae_fast" / "hopper"
     return Path(os.environ.get("RVAE_FAST_HOPPER_CACHE", default))
+
+
+def headers() -> list[Path]:
+    """What the .cu files include."""
+    return sorted(FOLDER.glob("*.cuh"))
 
 
 def _nvcc() -> str | None:
@@ -70,7 +75,11 @@ def _nvrtc() -> ctypes.CDLL:
 def _by_nvrtc(source: Path, defines: Sequence[str]) -> bytes:
     lib, program = _nvrtc(), ctypes.c_void_p()
     options = [o.encode() for o in (*NVRTC_OPTIONS, *defines)]
-    lib.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
+    texts, names = [h.read_bytes() for h in headers()], [h.name.encode() for h in headers()]
+    of = ctypes.c_char_p * len(texts)
+    lib.nvrtcCreateProgram(
+        ctypes.byref(program), source.read_bytes(), source.name.encode(), len(texts), of(*texts), of(*names)
+    )
     status = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()
     if status:
@@ -89,7 +98,8 @@ def compiled(file: str, defines: Sequence[str] = (), *, compiler: str | None = N
     """The binary of ``file`` with ``-D`` options, from the cache or by ``compiler`` ("nvcc", "nvrtc" or either)."""
     source = FOLDER / file
     options = (*NVCC_OPTIONS, *sorted(defines), compiler or "")
-    key = hashlib.sha256(source.read_bytes() + "\n".join(options).encode()).hexdigest()[:24]
+    sources = b"".join(one.read_bytes() for one in (source, *headers()))
+    key = hashlib.sha256(sources + "\n".join(options).encode()).hexdigest()[:24]
     kept = cache_folder() / f"{source.stem}-{key}.cubin"
     if kept.exists():
         return kept.read_bytes()

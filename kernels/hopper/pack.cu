@@ -2,7 +2,6 @@
 // 16384 bytes in one piece and in the order in which they are used (panel after panel, along the sum within it).
 //
 // Position 8 j + 2 q + e of every 32 rows of a block holds column 8 q + 2 j + e: see layer.cu.
-// ``transpose`` 0: column n, sum k at weight[n, k] (forward). 1: at weight[k, n] (backward).
 
 typedef unsigned int u32;
 
@@ -13,23 +12,19 @@ __device__ __forceinline__ u32 pack(float lo, float hi) {
 }
 
 // One thread a piece of 16 bytes: 8 along the sum. gridDim.y weights, one after the other.
-extern "C" __global__ void pack_weight(const char* weight, char* packed, int columns, int sum, int transpose, int is_fp32) {
+extern "C" __global__ void pack_weight(const char* weight, char* packed, int columns, int sum, int is_fp32) {
     const int pieces = columns * sum / 8;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= pieces) return;
     const int block = i >> 10, within = i & 1023;
-    const int r = transpose ? within & 127 : within >> 3, c = transpose ? within >> 7 : within & 7;
+    const int r = within >> 3, c = within & 7;
     const int panel = block / (sum / 64), kc = block % (sum / 64);
     const int column = panel * 128 + (r & ~31) + 8 * ((r >> 1) & 3) + 2 * ((r >> 3) & 3) + (r & 1);
-    const int k = kc * 64 + c * 8;
     const long long first = (long long)blockIdx.y * columns * sum;
-    const long long at = first + (transpose ? (long long)k * columns + column : (long long)column * sum + k);
-    const int stride = transpose ? columns : 1;
+    const long long at = first + (long long)column * sum + kc * 64 + c * 8;
     float v[8];
-    for (int n = 0; n < 8; ++n) {
-        const long long from = at + (long long)n * stride;
-        v[n] = is_fp32 ? ((const float*)weight)[from] : __uint_as_float((u32)((const unsigned short*)weight)[from] << 16);
-    }
+    for (int n = 0; n < 8; ++n)
+        v[n] = is_fp32 ? ((const float*)weight)[at + n] : __uint_as_float((u32)((const unsigned short*)weight)[at + n] << 16);
     *(uint4*)(packed + first * 2 + block * 16384ll + r * 128 + ((c ^ (r & 7)) << 4)) =
         make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
 }

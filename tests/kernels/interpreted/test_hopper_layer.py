@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from rvae_fast.kernels import configurations, hopper, hopper_layer
+from rvae_fast.kernels.hopper import build
 from rvae_fast.kernels.residual_stack import StackOptions, choice, hopper_why_not, stack_forward
 from rvae_fast.kernels.residual_stack_backward import stack_backward
 
@@ -76,6 +79,15 @@ def test_what_is_not_covered_runs_otherwise() -> None:
     options = StackOptions(2, "pre", "relu", 0.0, True, BF16)
     assert hopper_why_not(options, x) == "devices other than Hopper's"
     assert choice(options, x, "hopper")[0] == configurations.default_strategy("half", 300, 128)
+
+
+def test_the_arguments_are_those_of_the_kernel() -> None:
+    text = (build.FOLDER / "layout.cuh").read_text()
+    fields = re.findall(r"(\w+)(\*?) (\w+);", text[text.index("struct Arguments {") : text.index("struct Ring")])
+    types = {"int": ctypes.c_int, "float": ctypes.c_float}
+    expected = [(name, ctypes.c_void_p if pointer else types[kind]) for kind, pointer, name in fields]
+    assert len(expected) == 11
+    assert hopper._Arguments._fields_ == expected
 
 
 @pytest.mark.parametrize("kind", ["aligned", "a view that begins anywhere", "bf16"])
