@@ -30,7 +30,7 @@ from torch import Tensor
 from .configurations import TileConfig, arithmetic_of, device_facts, family, input_precision
 from .launch import launch
 from .layer_forward import tile_order
-from .reconstruction_kld import error_term
+from .loss_terms import error_term
 from .weight_gradient import _sum_splits_kernel
 
 #: By arithmetic and family of chips; None: every family without its own.

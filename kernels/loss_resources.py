@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import decoder_error, reconstruction_kld, reparameterise
+from . import decoder_error, feature_weight_gradient, reconstruction_kld, reparameterise
 from .resources import Resources, compile_kernel
 
 #: Features of a row: a short one; a long one; and one that 16-byte loads do not divide, in two steps.
@@ -42,9 +42,9 @@ def compile_losses(capability: int) -> dict[str, Resources]:
     for name in ("_forward_kernel", "_backward_kernel"):
         kernel = getattr(reparameterise, name)
         found[f"sample{name}"] = _compile(kernel, known, capability, reparameterise.NUM_WARPS)
-    known = {**loss, "BLOCK_M": reconstruction_kld.WEIGHT_BLOCK_M, "BLOCK_N": reconstruction_kld.WEIGHT_BLOCK_N}
-    kernel = reconstruction_kld._weight_gradient_kernel
-    found["loss_weight_gradient"] = _compile(kernel, known, capability, reconstruction_kld.NUM_WARPS)
+    known = {**loss, "BLOCK_M": feature_weight_gradient.BLOCK_M, "BLOCK_N": feature_weight_gradient.BLOCK_N}
+    kernel = feature_weight_gradient._weight_gradient_kernel
+    found["loss_weight_gradient"] = _compile(kernel, known, capability, feature_weight_gradient.NUM_WARPS)
     for arithmetic in ("half", "tf32", "ieee"):
         config = decoder_error.config_for(arithmetic, capability)
         operand = "*bf16" if arithmetic == "half" else "*fp32"

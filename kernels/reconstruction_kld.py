@@ -9,7 +9,6 @@ feature_weight          [features]          any        read by every program (it
 error, kld              [rows]              fp32       results
 grad_error, grad_kld    [rows]              any        read
 grad_x ... grad_logvar  as their inputs                results of the backward, those that are wanted
-partial                 [splits, features]  fp32       temporary, only for the gradient of the weights
 ======================  ==================  =========  ============================================================
 
 1. Forward: a program has whole rows. Those of up to 1024 columns it takes a few at a time, the next ones' loads under
@@ -17,7 +16,7 @@ partial                 [splits, features]  fp32       temporary, only for the g
    partial results, no atomics, and any number of columns.
 2. Backward: every element by itself, a grid over rows and columns. Nothing but the inputs is kept between the two.
 3. The KL of both is the work of programs of their own, behind the others in the grid: nothing waits for its loads.
-4. The gradient of ``feature_weight``, which is rarely learned, is a pass of its own with per-split partial sums.
+4. The gradient of ``feature_weight``, which is rarely learned, is a pass of its own (``feature_weight_gradient.py``).
 
 Arithmetic is fp32, so fp64 is not for these kernels. Columns must be contiguous, rows may have any stride.
 """
@@ -32,8 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import exp, log1p_unit
+from .elementary import exp
+from .feature_weight_gradient import feature_weight_gradient
 from .launch import quick_launch
+from .loss_terms import error_slope, error_term, kld_term, tile
 from .passes import PROGRAMS, Walk
 
 #: Elements of one tile: 16 a thread of a long row, two loads of 16 bytes from each bf16 operand; 8 of short rows and of
@@ -43,53 +44,6 @@ NUM_WARPS = 4
 #: Of programs that go over whole rows in several steps: elements of a step, warps, stages in which steps overlap, and
 #: steps at most, forward and backward. The best of 30 at 65536 rows of 784 in bf16, on an H200.
 LOSS_STEPS = {"forward": (4096, 8, 3, 8), "backward": (1024, 4, 4, 8)}
-#: Rows that one program of the weights' gradient takes in a step, its columns, and the most splits of the rows.
-WEIGHT_BLOCK_M, WEIGHT_BLOCK_N, WEIGHT_SPLITS = 32, 64, 64
-
-
-@triton.jit
-def error_term(x, x_hat, LIKELIHOOD: tl.constexpr):
-    """Error of one feature; ``x_hat`` is a logit for ``bernoulli``."""
-    if LIKELIHOOD == "squared":
-        d = x_hat - x
-        term = d * d
-    elif LIKELIHOOD == "absolute":
-        term = tl.abs(x_hat - x)
-    else:
-        tl.static_assert(LIKELIHOOD == "bernoulli", "unknown likelihood")
-        # (1 - x) x_hat - log sigmoid(x_hat), in which a large logit on the right side of a target near 1 stays exact.
-        term = (1.0 - x) * x_hat - tl.where(x_hat < 0, x_hat, 0.0) + log1p_unit(tl.exp(-tl.abs(x_hat)))
-    return term
-
-
-@triton.jit
-def error_slope(x, x_hat, LIKELIHOOD: tl.constexpr):
-    """Derivative of :func:`error_term` by ``x_hat``."""
-    d = x_hat - x
-    if LIKELIHOOD == "squared":
-        d = 2.0 * d
-    elif LIKELIHOOD == "absolute":
-        d = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))  # d itself: 0, or a NaN
-    else:
-        tl.static_assert(LIKELIHOOD == "bernoulli", "unknown likelihood")
-        d = 1.0 / (1.0 + tl.exp(-x_hat)) - x
-    return d
-
-
-@triton.jit
-def kld_term(mu, logvar):
-    """Divergence of one latent variable from the standard normal."""
-    return 0.5 * (mu * mu + exp(logvar) - 1.0 - logvar)
-
-
-@triton.jit
-def _tile(first, start, M, N, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offset of the row ``first`` (64 bits), offsets ``[BLOCK_M, BLOCK_N]`` from there with columns from ``start`` (32,
-    which spares registers), and the mask."""
-    rows = tl.arange(0, BLOCK_M)
-    columns = start + tl.arange(0, BLOCK_N)
-    mask = (rows < M - first)[:, None] & (columns < N)[None, :]
-    return first * stride, rows[:, None] * stride + columns[None, :], mask
 
 
 @triton.jit
@@ -98,9 +52,9 @@ def _errors(
     LIKELIHOOD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The terms of a tile, weighted; 0 outside."""
-    base, offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
+    base, offsets, mask = tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0)
-    base, offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+    base, offsets, mask = tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
     x_hat = tl.load(x_hat_ptr + base + offsets, mask=mask, other=0.0)
     term = error_term(x.to(tl.float32), x_hat.to(tl.float32), LIKELIHOOD)
     if weight_ptr is not None:
@@ -116,9 +70,9 @@ def _divergences(
     """The KL of the rows from ``first``."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for latent in range(0, L, BLOCK_N):
-        base, at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_N)
+        base, at, inside = tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_N)
         mu = tl.load(mu_ptr + base + at, mask=inside, other=0.0)
-        base, at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_N)
+        base, at, inside = tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_N)
         logvar = tl.load(logvar_ptr + base + at, mask=inside, other=0.0)
         total += tl.where(inside, kld_term(mu.to(tl.float32), logvar.to(tl.float32)), 0.0)
     rows = tl.arange(0, BLOCK_M)
@@ -186,14 +140,14 @@ def _divergence_gradients(
     grad_kld = tl.load(grad_kld_ptr + rows * stride_grad_kld, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     for latent in range(0, L, BLOCK_N):
         if grad_mu_ptr is not None:
-            base, at, inside = _tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_N)
+            base, at, inside = tile(first, latent, M, L, stride_mu, BLOCK_M, BLOCK_N)
             mu = tl.load(mu_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-            base, at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_N)
+            base, at, inside = tile(first, latent, M, L, L, BLOCK_M, BLOCK_N)
             tl.store(grad_mu_ptr + base + at, (grad_kld * mu).to(grad_mu_ptr.dtype.element_ty), mask=inside)
         if grad_logvar_ptr is not None:
-            base, at, inside = _tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_N)
+            base, at, inside = tile(first, latent, M, L, stride_logvar, BLOCK_M, BLOCK_N)
             logvar = tl.load(logvar_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
-            base, at, inside = _tile(first, latent, M, L, L, BLOCK_M, BLOCK_N)
+            base, at, inside = tile(first, latent, M, L, L, BLOCK_M, BLOCK_N)
             grad = grad_kld * (0.5 * (exp(logvar) - 1.0))
             tl.store(grad_logvar_ptr + base + at, grad.to(grad_logvar_ptr.dtype.element_ty), mask=inside)
 
@@ -241,9 +195,9 @@ def _backward_kernel(
                 first = begin + step
                 rows = first + tl.arange(0, BLOCK_M)
                 row = tl.load(grad_error_ptr + rows * stride_grad_error, mask=rows < M, other=0.0)
-                base, offsets, mask = _tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
+                base, offsets, mask = tile(first, start, M, N, stride_x, BLOCK_M, BLOCK_N)
                 x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-                base, offsets, mask = _tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
+                base, offsets, mask = tile(first, start, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
                 x_hat = tl.load(x_hat_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
                 scale = (row.to(tl.float32) / divisor)[:, None]
                 if weight_ptr is not None:
@@ -252,7 +206,7 @@ def _backward_kernel(
                     scale = scale * weight.to(tl.float32)[None, :]
                 x_hat = x_hat.to(tl.float32)
                 slope = error_slope(x.to(tl.float32), x_hat, LIKELIHOOD)
-                base, offsets, mask = _tile(first, start, M, N, N, BLOCK_M, BLOCK_N)
+                base, offsets, mask = tile(first, start, M, N, N, BLOCK_M, BLOCK_N)
                 if grad_x_hat_ptr is not None:
                     by_x_hat = (scale * slope).to(grad_x_hat_ptr.dtype.element_ty)
                     tl.store(grad_x_hat_ptr + base + offsets, by_x_hat, mask=mask)
@@ -266,40 +220,6 @@ def _backward_kernel(
                 grad_kld_ptr, mu_ptr, logvar_ptr, grad_mu_ptr, grad_logvar_ptr, kld_first, M, L, stride_grad_kld,
                 stride_mu, stride_logvar, KLD_M, KLD_N,
             )  # fmt: skip
-
-
-@triton.jit
-def _weight_gradient_kernel(
-    grad_error_ptr,  # [M]
-    x_ptr,  # [M, N]
-    x_hat_ptr,  # [M, N]
-    partial_ptr,  # [splits, N] fp32
-    M,
-    N,
-    split_rows,  # rows of a split, a multiple of BLOCK_M
-    stride_grad_error,
-    stride_x,
-    stride_x_hat,
-    divisor,
-    LIKELIHOOD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    split = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_N
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    begin = split.to(tl.int64) * split_rows
-    for step in range(0, split_rows, BLOCK_M):
-        first = begin + step
-        rows = first + tl.arange(0, BLOCK_M)
-        row = tl.load(grad_error_ptr + rows * stride_grad_error, mask=rows < M, other=0.0).to(tl.float32) / divisor
-        base, offsets, mask = _tile(first, column, M, N, stride_x, BLOCK_M, BLOCK_N)
-        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        base, offsets, mask = _tile(first, column, M, N, stride_x_hat, BLOCK_M, BLOCK_N)
-        x_hat = tl.load(x_hat_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        total += tl.where(mask, row[:, None] * error_term(x, x_hat, LIKELIHOOD), 0.0)
-    columns = column + tl.arange(0, BLOCK_N)
-    tl.store(partial_ptr + split.to(tl.int64) * N + columns, tl.sum(total, axis=0), mask=columns < N)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -407,14 +327,6 @@ def backward(
         )  # fmt: skip
     results = [grad for grad in grads if grad is not None]
     if needs[4] and grad_error is not None and feature_weight is not None:
-        splits = max(1, min(WEIGHT_SPLITS, triton.cdiv(rows, WEIGHT_BLOCK_M)))
-        split_rows = triton.cdiv(triton.cdiv(rows, splits), WEIGHT_BLOCK_M) * WEIGHT_BLOCK_M
-        partial = x.new_zeros((splits, features), dtype=torch.float32)
-        if rows:
-            _weight_gradient_kernel[(triton.cdiv(features, WEIGHT_BLOCK_N), splits)](
-                grad_error, x, x_hat, partial, rows, features, split_rows, grad_error.stride(0), _stride(x),
-                _stride(x_hat), divisor, LIKELIHOOD=likelihood, BLOCK_M=WEIGHT_BLOCK_M, BLOCK_N=WEIGHT_BLOCK_N,
-                num_warps=NUM_WARPS,
-            )  # fmt: skip
-        results.append(partial.sum(0).to(feature_weight.dtype))
+        grad = feature_weight_gradient(grad_error, x, x_hat, divisor, likelihood)
+        results.append(grad.to(feature_weight.dtype))
     return results

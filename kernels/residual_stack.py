@@ -37,11 +37,12 @@ from torch import Tensor
 from . import configurations, hopper_layer
 from .batch_norm import Moments, column_moments, merge_gradients, merge_moments, running_norm
 from .deferred import DeferredGradient, DeferredNorm
-from .launch import Number, Tape, call
+from .launch import Number, call
 from .layer_backward import layer_backward
 from .layer_forward import layer_forward
 from .norm_activation import norm_activation
 from .plain_layer import plain_layer_backward, plain_layer_forward, plain_weight_gradient
+from .tape import Tape
 from .weight_gradient import weight_gradient
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from rvae_fast.kernels import configurations, launch
 from rvae_fast.kernels import residual_stack as driver
 from rvae_fast.kernels import residual_stack_backward as way_back
-from rvae_fast.kernels.launch import Tape, call
+from rvae_fast.kernels.launch import call
+from rvae_fast.kernels.tape import Tape
 
 CPU = torch.device("cpu")
 
@@ -146,6 +147,6 @@ def test_quick_launches_are_seen_by_hooks(monkeypatch: pytest.MonkeyPatch) -> No
             return lambda *a, **k: calls.append((grid, a, k))
 
     monkeypatch.setattr(triton.runtime, "JITFunction", _Kernel)
-    monkeypatch.setattr(launch, "_hooks", lambda: True)
+    monkeypatch.setattr(launch, "hooked", lambda: True)
     launch.quick_launch(Observed(), (4,), 1, NAME="n", options={"num_warps": 4})
     assert calls == [((4,), (1,), {"NAME": "n", "num_warps": 4})]

@@ -11,9 +11,9 @@ from torch import Tensor
 from rvae_fast.kernels import configurations
 from rvae_fast.kernels import residual_stack as driver
 from rvae_fast.kernels import residual_stack_backward as way_back
-from rvae_fast.kernels.launch import Tape
 from rvae_fast.kernels.residual_stack import StackOptions, stack_forward
 from rvae_fast.kernels.residual_stack_backward import stack_backward
+from rvae_fast.kernels.tape import Tape
 from rvae_fast.kernels.weight_gradient import weight_gradient
 
 EPS = 1e-3
