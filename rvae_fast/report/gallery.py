@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rvae_fast.report.fitted import members
-from rvae_fast.report.reconstructions import check_image_shape, contact_sheet, image_strip, largest_errors
+from rvae_fast.report.fitted import members, parameters
+from rvae_fast.report.reconstructions import (
+    check_image_shape,
+    contact_sheet,
+    image_strip,
+    leading_features,
+    squared_errors,
+)
 from rvae_fast.report.rows import extreme_positions
 from rvae_fast.report.theme import number
 
@@ -23,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Gallery", "Sample", "build_gallery", "reconstruct"]
 
 _IMAGES, _TABLES, _AVERAGED = 8, 6, 20
+#: Each row whose features are ranked by what they add to the score is scored once more for each of them.
+_ATTRIBUTED_FEATURES = 256
 
 
 @dataclass(frozen=True)
@@ -39,13 +47,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Gallery:
-    """The worst and the best rows; ``sheets`` are PNGs of image rows, ``drivers`` the features of the worst rows."""
+    """The worst and the best rows; ``sheets`` are PNGs of image rows, ``drivers`` the features of the worst rows.
+
+    ``by_score`` says what ranks features: how much they add to the score, or else their error.
+    """
 
     worst: list[Sample]
     best: list[Sample]
     sheets: dict[str, bytes]
     drivers: list[FeatureError]
     averaged: int
+    by_score: bool
 
 
 def reconstruct(detector: Any, X: NDArray[Any]) -> NDArray[np.float64]:
@@ -54,6 +66,16 @@ def reconstruct(detector: Any, X: NDArray[Any]) -> NDArray[np.float64]:
         # The columns are the fitted ones, in their order; only their names are not with the array.
         warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
         return np.asarray(detector.reconstruct(X), dtype=np.float64)
+
+
+def _score_falls(detector: Any, values: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """By how much each value raises the detector's score; None where that is its error, or takes too long."""
+    score = parameters(detector).get("anomaly_score", "reconstruction")
+    if score == "reconstruction" or values.shape[1] > _ATTRIBUTED_FEATURES or not len(values):
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
+        return np.maximum(detector.feature_attributions(values), 0.0)
 
 
 def _scale(detector: Any, feature_scale: ArrayLike | None, features: int) -> NDArray[np.float64]:
@@ -121,15 +143,20 @@ def build_gallery(
     worst_values, worst_expected = values[: high.size], expected[: high.size]
     best_values, best_expected = values[high.size :], expected[high.size :]
 
-    def sample(i: int, value: NDArray[np.float64], guess: NDArray[np.float64]) -> Sample:
-        position = rows[i]
+    weights = None if shape else _score_falls(detector, values)
+    by_score = weights is not None
+    if weights is None:
+        weights = squared_errors(values, expected, scale)
+
+    def sample(i: int, k: int) -> Sample:
+        position, value, guess = rows[i], values[k], expected[k]
         return Sample(
             id=row_id(int(position)),
             score=number(scores[position]),
             truth=None if labels is None else ("anomaly" if labels[position] else "normal"),
             flagged=bool(scores[position] > threshold),
             strip=image_strip(value, guess, shape, limits, error_high) if shape else None,
-            features=[] if shape else largest_errors(value, guess, scale, names),
+            features=[] if shape else leading_features(value, guess, weights[k], names),
         )
 
     # Few rows: the ends must not overlap, or one row would be among both the worst and the best.
@@ -145,13 +172,13 @@ def build_gallery(
                 sheets[name] = contact_sheet(v[:count], e[:count], shape, limits, error_high)
     drivers = []
     if not shape and high.size > 1:
-        # The root of the mean square of many rows' errors ranks as the mean of their squared errors does.
         gap = np.sqrt(np.mean(np.nan_to_num(np.square(worst_values - worst_expected)), axis=0))
-        drivers = largest_errors(gap, np.zeros_like(gap), scale, names, k=8)
+        drivers = leading_features(gap, np.zeros_like(gap), weights[: high.size].mean(axis=0), names, k=8)
     return Gallery(
-        worst=[sample(int(i), worst_values[k], worst_expected[k]) for k, i in enumerate(high[:n_worst])],
-        best=[sample(int(i), best_values[k], best_expected[k]) for k, i in enumerate(low[:n_best])],
+        worst=[sample(int(i), k) for k, i in enumerate(high[:n_worst])],
+        best=[sample(int(i), high.size + k) for k, i in enumerate(low[:n_best])],
         sheets=sheets,
         drivers=drivers,
         averaged=int(high.size),
+        by_score=by_score,
     )

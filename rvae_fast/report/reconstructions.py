@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["FeatureError", "check_image_shape", "contact_sheet", "image_strip", "largest_errors"]
+__all__ = ["FeatureError", "check_image_shape", "contact_sheet", "image_strip", "leading_features", "squared_errors"]
 
 _SIDE = 84
 
 
 @dataclass(frozen=True)
 class FeatureError:
-    """One feature of one row: what was there, what the model expected, and its share of the row's squared error."""
+    """One feature of one row: what was there, what the model expected, and its share in the row's being anomalous."""
 
     name: str
     value: float
@@ -42,25 +42,34 @@ def check_image_shape(image_shape: Sequence[int], features: int) -> tuple[int, i
     return shape[0], shape[1], shape[2]
 
 
-def largest_errors(
-    row: NDArray[Any], expected: NDArray[Any], scale: NDArray[np.float64], names: Sequence[str], k: int = 5
+def squared_errors(rows: NDArray[Any], expected: NDArray[Any], scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Squared error of every value in units of ``scale``, 0 where one is missing.
+
+    ``scale`` is one unit of the model's own input space, in input units: without it a feature that is measured in
+    thousands would outrank all others.
+    """
+    # A missing value has no error of its own: the model was shown a filled one.
+    return np.nan_to_num(np.square((rows.astype(np.float64) - expected) / scale), nan=0.0)
+
+
+def leading_features(
+    row: NDArray[Any], expected: NDArray[Any], weight: NDArray[np.float64], names: Sequence[str], k: int = 5
 ) -> list[FeatureError]:
-    """Rank the features of one row by squared error in units of ``scale``, and give them in input units.
+    """The ``k`` features of greatest ``weight``, with their shares of the sum of the weights.
 
     Parameters
     ----------
     row, expected : ndarray of shape (features,)
         The input and its reconstruction, in input units.
-    scale : ndarray of shape (features,)
-        One unit of the model's own input space, so that a feature measured in thousands does not outrank all others.
+    weight : ndarray of shape (features,)
+        What makes the row anomalous: not negative; may be infinite.
     """
-    # A missing value has no error of its own: the model was shown a filled one.
-    error = np.nan_to_num(np.square((row.astype(np.float64) - expected) / scale), nan=0.0)
-    total = float(error.sum())
-    order = np.argsort(-error, kind="stable")[:k]
+    if np.isinf(weight).any():
+        weight = np.isinf(weight).astype(np.float64)
+    total = float(weight.sum())
     return [
-        FeatureError(str(names[i]), float(row[i]), float(expected[i]), float(error[i]) / total if total > 0 else 0.0)
-        for i in order
+        FeatureError(str(names[i]), float(row[i]), float(expected[i]), float(weight[i]) / total if total > 0 else 0.0)
+        for i in np.argsort(-weight, kind="stable")[:k]
     ]
 
 

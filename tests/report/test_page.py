@@ -197,6 +197,43 @@ def test_features_are_ranked_by_scaled_error_and_shown_in_input_units(tmp_path: 
     assert re.search(r"pressure\s*1,000\s*1,010\s*0 %", first)
 
 
+@pytest.mark.parametrize("score", ["hyperplane", "reconstruction"])
+def test_features_are_ranked_by_the_score_that_is_taken(score: str, tmp_path: Path, read_page: Any) -> None:
+    class Detector:
+        def get_params(self, deep: bool = True) -> dict[str, Any]:
+            return {"anomaly_score": score}
+
+        def reconstruct(self, X: Any) -> Any:
+            return X + np.array([1.0, 4.0, 0.0])
+
+        def feature_attributions(self, X: Any) -> Any:
+            return np.array([[3.0, -2.0, 1.0]] * len(X))
+
+    page = read_page(
+        write_report(
+            tmp_path, scores=[9.0, 7.0, 0.0], threshold=1.0, X=np.zeros((3, 3)), detector=Detector(),
+            feature_names=["pressure", "flow", "heat"],
+        )
+    )  # fmt: skip
+    first = page.text[page.text.index("Highest scores") :]
+    behind = first[first.index("Features behind") :]
+    if score == "reconstruction":
+        assert re.search(r"flow\s*0\s*4\s*94 %\s*pressure", first)
+        assert "share of error" in first
+    else:
+        assert re.search(r"pressure\s*0\s*1\s*75 %\s*heat\s*0\s*0\s*25 %\s*flow\s*0\s*4\s*0 %", first)
+        assert re.search(r"pressure\s*1\s*75 %\s*heat", behind)
+        assert "share of error" not in page.text
+        assert "as expected" in page.text
+
+
+def test_where_a_fall_is_infinite_it_has_the_whole_share() -> None:
+    from rvae_fast.report.reconstructions import leading_features
+
+    found = leading_features(np.zeros(3), np.ones(3), np.array([5.0, np.inf, 0.0]), ["a", "b", "c"])
+    assert [(f.name, f.share) for f in found] == [("b", 1.0), ("a", 0.0), ("c", 0.0)]
+
+
 def test_a_detector_lends_what_is_not_given(tmp_path: Path, read_page: Any) -> None:
     class Scaler:
         scale = np.array([1000.0, 1.0])
