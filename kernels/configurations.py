@@ -195,7 +195,7 @@ def _choose(
     if device.type == "cuda" and mode != "deterministic":
         wanted = tile_table.key(kernel, arithmetic, m, n, k)
         found = as_config(tile_table.lookup(chip, wanted), among)
-        if found is None and mode == "tune" and not torch.cuda.is_current_stream_capturing():
+        if found is None and mode == "tune":
             from . import tuning
 
             found = tuning.tune(kernel, arithmetic, device, m, n, k)
@@ -276,7 +276,7 @@ def _strategy(
     mode = state[0]
     if device is not None and device.type == "cuda" and mode != "deterministic":
         found = tile_table.lookup(tile_table.chip_of(device), tile_table.key(kind, arithmetic, rows, width))
-        if found is None and mode == "tune" and not torch.cuda.is_current_stream_capturing():
+        if found is None and mode == "tune":
             from . import tuning
 
             found = tuning.tune_strategy(kind, arithmetic, device, rows, width)

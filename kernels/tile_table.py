@@ -82,8 +82,15 @@ def tiles(mode: str) -> Iterator[None]:
 
 
 def state() -> tuple[str, int]:
-    """Changes when the same question may get another answer."""
-    return mode(), _generation
+    """What answers depend on: the mode, and how often the tables were read anew.
+
+    Nothing can be measured while a CUDA graph is captured: what is asked there is answered as in mode "table", and
+    asked again after it.
+    """
+    now = mode()
+    if now == "tune" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        now = "table"
+    return now, _generation
 
 
 # --- keys ---
@@ -136,12 +143,15 @@ def write(path: Path, chip: str, triton: str, entries: dict[str, dict[str, Any]]
         raise
 
 
-def folder() -> Path:
-    """Where measurements are kept: RVAE_FAST_TUNING, else ``rvae-fast/tuning`` in the user's cache folder."""
+def folder() -> Path | None:
+    """Where measurements are kept: RVAE_FAST_TUNING, else ``rvae-fast/tuning`` in the user's cache folder, if any."""
     if chosen := os.environ.get(FOLDER_VARIABLE):
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    return (Path(base) if base else Path.home() / ".cache") / "rvae-fast" / "tuning"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "rvae-fast" / "tuning"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
 
 
 def _triton_version() -> str:
@@ -150,18 +160,21 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def measured_path(chip: Chip) -> Path:
-    """The file of measurements: one a chip and release of Triton."""
+def measured_path(chip: Chip) -> Path | None:
+    """The file of measurements, one a chip and release of Triton; None where there is no folder for it."""
+    kept = folder()
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{chip.name} sm{chip.capability} triton {_triton_version()}").strip("-")
-    return folder() / f"{name.lower()}.json"
+    return None if kept is None else kept / f"{name.lower()}.json"
 
 
 @functools.lru_cache(maxsize=16)
-def _measured(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
+def _measured(path: Path | None) -> dict[str, dict[str, Any]]:
+    if path is None:
         return {}
     try:
         return read(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (OSError, ValueError) as error:
         warnings.warn(f"rvae_fast ignores its measured tiles: {error}", RuntimeWarning, stacklevel=2)
         return {}
@@ -191,6 +204,8 @@ def remember(chip: Chip, found: dict[str, Choice]) -> None:
     path = measured_path(chip)
     new = {name: {"choice": choice, "measured": True} for name, choice in found.items()}
     try:
+        if path is None:
+            raise FileNotFoundError(f"there is no home folder; {FOLDER_VARIABLE} may name another one")
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(path.with_suffix(".lock"))):
             _measured.cache_clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _workload(
         return torch.randn(shape, dtype=dtype, device=device)
 
     def norm(features: int) -> Tensor:
-        return torch.ones((5, features), device=device)
+        return torch.ones((5, features), dtype=torch.float32, device=device)
 
     act: dict[str, Any] = {"activation": "leaky_relu", "negative_slope": _SLOPE}
     if kernel == "forward":
@@ -98,9 +99,14 @@ def _workload(
         return lambda config: layer_backward(
             g, weight, y=y, norm_grad=coefficients, x=x, norm=scales, out=out, config=config, **act
         )
-    grad_y, x, total = draw(k, m), draw(k, n), torch.empty((m, n), device=device)
+    grad_y, x, total = draw(k, m), draw(k, n), torch.empty((m, n), dtype=torch.float32, device=device)
     scales = norm(n)
     return lambda config: weight_gradient(grad_y, x, norm=scales, dtype=dtype, out=total, config=config, **act)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device current: events, and the captures of graphs, are of the one that is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def fastest(options: Iterable[Any], run: Callable[[Any], Any], timer: Timer) -> Any:
@@ -122,7 +128,7 @@ def tune(
     """Measure every candidate of a kernel for a shape, keep the quickest in this machine's table, and return it."""
     chip = tile_table.chip_of(device) if chip is None else chip
     among = configurations.candidates(kernel, arithmetic, chip.capability, chip.shared_memory)
-    with launch.paused(), torch.no_grad():
+    with launch.paused(), torch.no_grad(), _current(device):
         run = _workload(kernel, _DTYPES[arithmetic], device, m, n, k)
         best = fastest(_options(kernel, among, chip, m, n, k), run, timer)
     tile_table.remember(chip, {tile_table.key(kernel, arithmetic, m, n, k): list(best)})
@@ -163,7 +169,7 @@ def tune_strategy(
         if kind == "layer":
             stack_backward(grad, x, weights, kept, options, strategy=strategy)
 
-    with launch.paused(), torch.no_grad():
+    with launch.paused(), torch.no_grad(), _current(device):
         covered = hopper_why_not(options, x) is None
         among = [s for s in configurations.STRATEGIES if s != "hopper" or covered]
         best = str(fastest(among, run, timer))

@@ -68,7 +68,7 @@ def defines(
 def shared_bytes(inner: int, width: int) -> int:
     """Dynamic shared memory of a kernel for ``width`` columns a CTA, as ``layer.cu`` lays it out."""
     blocks = (inner // 64) * (width // 128)
-    slots, stages = (8, 5) if blocks > 8 else (5 if blocks > 6 else 8, blocks)
+    slots, stages = (8, 5) if blocks > 8 else (5 if blocks > 5 else 8, blocks)
     return (slots + stages) * BLOCK + 16384 + 16 * (slots + stages)
 
 

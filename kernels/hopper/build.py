@@ -30,8 +30,11 @@ INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 def cache_folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rvae_fast" / "hopper"
-    return Path(os.environ.get("RVAE_FAST_HOPPER_CACHE", default))
+    """RVAE_FAST_HOPPER_CACHE, else ``rvae_fast/hopper`` in the user's cache folder; RuntimeError without a home."""
+    chosen = os.environ.get("RVAE_FAST_HOPPER_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rvae_fast" / "hopper"
 
 
 def headers() -> list[Path]:
@@ -100,8 +103,9 @@ def compiled(file: str, defines: Sequence[str] = (), *, compiler: str | None = N
     options = (*NVCC_OPTIONS, *sorted(defines), compiler or "")
     sources = b"".join(one.read_bytes() for one in (source, *headers()))
     key = hashlib.sha256(sources + "\n".join(options).encode()).hexdigest()[:24]
-    kept = cache_folder() / f"{source.stem}-{key}.cubin"
-    if kept.exists():
+    kept = None
+    with contextlib.suppress(OSError, RuntimeError):  # no such file, or no folder to be read, or no home to have one in
+        kept = cache_folder() / f"{source.stem}-{key}.cubin"
         return kept.read_bytes()
     nvcc = _nvcc() if compiler != "nvrtc" else None
     try:
@@ -110,6 +114,8 @@ def compiled(file: str, defines: Sequence[str] = (), *, compiler: str | None = N
         if nvcc is None or compiler == "nvcc":
             raise
         binary = _by_nvrtc(source, defines)
+    if kept is None:
+        return binary
     with contextlib.suppress(OSError):  # a folder that cannot be written to costs another compilation at the next start
         kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = kept.with_suffix(f".{os.getpid()}-{threading.get_ident()}")

@@ -16,7 +16,7 @@ typedef unsigned long long u64;
 #define RESIDENT (KC * PANELS <= 8)
 #if RESIDENT
 #define STAGES (KC * PANELS)
-#if KC * PANELS > 6
+#if KC * PANELS > 5
 #define SLOTS 5
 #else
 #define SLOTS 8

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -103,6 +105,64 @@ def test_a_bias_comes_to_the_kernel_in_fp32_and_aligned(kind: str, monkeypatch: 
     assert seen[0].data_ptr() % 16 == 0
     assert torch.equal(seen[0], bias.float())
     assert (seen[0] is bias) == (kind == "aligned")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, BF16])
+def test_the_check_whatever_dtype_is_the_default(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched(
+        *_: Any, x: Tensor, weight: Tensor, norm: Tensor, residual: Tensor, y: Tensor, **moments: Tensor
+    ) -> None:
+        forward("leaky_relu", 0.01, x, weight, torch.zeros(()), norm, residual, y, **moments)
+
+    def run(activation: str, slope: float, *sizes: Any, bias: Tensor | None, **tensors: Tensor) -> None:
+        launched(**tensors)
+
+    monkeypatch.setattr(hopper, "_launch", run)
+    monkeypatch.setattr(hopper, "pack_weight", lambda weight: weight)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert hopper_layer._largest_error(torch.device("cpu")) < 0.03
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_check_whatever_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: torch.device) -> float:
+        raise ValueError("no such shape")
+
+    monkeypatch.setattr(hopper_layer, "_largest_error", fail)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda _: nullcontext())
+    with pytest.warns(RuntimeWarning, match="does without its CUDA C\\+\\+ kernels.*no such shape"):
+        assert "no such shape" in str(hopper_layer._self_check(torch.device("cuda", 0)))
+
+
+@pytest.mark.parametrize(("inner", "width"), itertools.product(hopper.WIDTHS, hopper.WIDTHS))
+def test_what_a_block_has_of_shared_memory_suffices(inner: int, width: int) -> None:
+    for split in (1, 2, 4):
+        if width // 128 % split == 0:
+            assert hopper.shared_bytes(inner, width // split) <= 227 * 1024
+
+
+def test_the_compiled_kernel_needs_no_folder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(build, "_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "_by_nvcc", lambda nvcc, source, defines: compiled.append(source.name) or b"binary")
+    monkeypatch.delenv("RVAE_FAST_HOPPER_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [build.compiled("pack.cu") for _ in range(2)] == [b"binary"] * 2
+    assert compiled == ["pack.cu"]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert build.compiled("pack.cu") == b"binary"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def nobody(self: Any) -> Any:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(type(tmp_path), "expanduser", nobody)
+    assert build.compiled("pack.cu") == b"binary"
+    assert len(compiled) == 3
 
 
 def test_the_check_runs_once_and_not_within_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from stack_errors import make, step
 
-from rvae_fast.kernels import configurations, launch, residual_stack, residual_stack_backward, tile_table, tuning
+from rvae_fast.kernels import configurations, residual_stack, residual_stack_backward, tile_table, tuning
 from rvae_fast.kernels.configurations import TileConfig
+from rvae_fast.kernels.tape import Tape
 from rvae_fast.kernels.tile_table import Chip
 
 CHIP = Chip("Test GPU", 90, 227 * 1024, 132)
@@ -66,7 +67,7 @@ def test_the_strategy_is_measured_too(kind: str) -> None:
 
 
 def test_tuning_inside_a_recording_launches_at_once() -> None:
-    tape = launch.Tape(CPU, False)
+    tape = Tape(CPU, False)
     with tape.recording():
         tuning.tune("forward", "ieee", CPU, 20, 20, 20, timer=timer_for(0), chip=CHIP)
     assert tape.launches == 0
@@ -113,6 +114,28 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
     assert tile_table.lookup(CHIP, "layer half 16 16") == "plain"
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(tile_table.FOLDER_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert tile_table.lookup(CHIP, "layer half 16 16") is None
+    with pytest.warns(RuntimeWarning, match="cannot keep its measured tiles.*RVAE_FAST_TUNING"):
+        tile_table.remember(CHIP, {"layer half 16 16": "plain"})
+    assert tile_table.lookup(CHIP, "layer half 16 16") == "plain"
+
+
+def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(tile_table, "read", refuse)
+    with pytest.warns(RuntimeWarning, match="ignores its measured tiles.*Permission denied"):
+        assert tile_table.lookup(CHIP, "layer half 16 16") is None
+
+
 def test_what_is_no_candidate_is_not_taken() -> None:
     among = configurations.candidates("weight", "half", 90)
     good = among[0]._replace(splits=7)
@@ -142,6 +165,16 @@ def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     with tile_table.tiles("tune"):
         assert configurations.choose(*shape) == among[2]
     assert len(tuned) == 1
+    # Within a capture nothing can be measured, and what is said there does not hold after it.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    other = ("forward", "half", device, 1024, 512, 512)
+    with tile_table.tiles("tune"):
+        assert configurations.choose(*other) == configurations.heuristic("forward", among, 132, 1024, 512, 512)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert len(tuned) == 1
+        assert configurations.choose(*other) == among[2]
+    assert len(tuned) == 2
     tile_table.remember(CHIP, {tile_table.key("forward", "half", 8192, 512, 512): list(among[1])})
     tile_table.forget()
     assert among[1] != by_shape
@@ -155,7 +188,7 @@ def test_modes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert configurations.choose(*shape) == by_shape
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(tuned) == 1
+    assert len(tuned) == 2
     with pytest.raises(ValueError, match="mode must be one of"), tile_table.tiles("fast"):
         pass
     monkeypatch.setenv(tile_table.MODE_VARIABLE, "fast")
