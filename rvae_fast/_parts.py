@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rvae_fast._norms import averages, values
+from rvae_fast._norms import averages, has_hooks, values
 from rvae_fast.nn import PlainStack, ResidualStack, Transition, alike
 from rvae_fast.ops.plain_stack import Lists, Options, products_dtype
 from rvae_fast.ops.residual_stack import all_or_none, choose
@@ -28,13 +28,6 @@ class Part(NamedTuple):
     options: Options | None
     #: Of the products.
     dtype: torch.dtype
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone waits for the module to be called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def parts_of(network: nn.Module, rows: Tensor) -> list[Part] | None:
@@ -94,5 +87,5 @@ def _residual(stack: ResidualStack, rows: Tensor) -> Part | None:
     if name != "native" or not all(batch_stats):
         return None
     found: Any = tuple(lists)
-    options = Options(first.activation, first.negative_slope, first.eps)
+    options = Options(first.activation, first.negative_slope, norms[0].eps)
     return Part(found, norms, first.layers, first.order, options, dtype)

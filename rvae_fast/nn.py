@@ -1,22 +1,22 @@
 """Residual blocks as modules: parameters and state; the mathematics is in :mod:`rvae_fast.ops`.
 
 The blocks hold ordinary ``nn.BatchNorm1d`` and ``nn.Linear`` submodules, so a state dict moves between them and the
-same block written by hand. The submodules are containers: a block reads their parameters and buffers and runs the
-whole unit at once, so forward hooks on them do not fire.
+same block written by hand. A block reads their parameters and buffers and runs the whole unit at once; where one of
+them was replaced, has hooks or a ``forward`` of its own, it calls them one by one, as the block written by hand does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rvae_fast._activations import Activation, check_activation
+from rvae_fast import _backend
+from rvae_fast._activations import Activation, activate, check_activation
 from rvae_fast._architecture import positive_int
-from rvae_fast._norms import advance, averages, values
+from rvae_fast._norms import advance, averages, untouched, values, watched
 from rvae_fast.ops.plain_stack import Lists, Options, plain_stack, products_dtype
 from rvae_fast.ops.residual_stack import residual_stack
 
@@ -36,8 +36,7 @@ def check_rows(name: str, x: Any, features: int) -> None:
 def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
     """Run units that differ in nothing but their parameters and state, as one op."""
     first = blocks[0]
-    norms: list[Any] = [norm for block in blocks for norm in block.norms]
-    linears: list[Any] = [linear for block in blocks for linear in block.linears]
+    norms, linears = ([module for block in blocks for module in _members(block, name)] for name in _MEMBERS)
     batch_stats, momentum = advance(norms)
     return residual_stack(
         input,
@@ -48,24 +47,42 @@ def _run(blocks: Sequence[Any], input: Tensor) -> Tensor:
         order=first.order,
         activation=first.activation,
         negative_slope=first.negative_slope,
-        eps=first.eps,
+        eps=norms[0].eps,
         momentum=momentum,
         batch_stats=batch_stats,
         dropout=first.dropout if first.training else 0.0,
     )
 
 
+_MEMBERS = ("norms", "linears")
+
+
+def _members(block: Any, name: str) -> list[Any]:
+    # Past the ``__getattr__`` of two modules and ``ModuleList``'s iterator: deep stacks would notice.
+    return list(block._modules[name]._modules.values())
+
+
+def _options(block: Any) -> tuple[Any, ...] | None:
+    """What units that run as one op have in common; None where the modules of this one have to be called.
+
+    The modules must be those that it was made with, or do the same.
+    """
+    norms, linears = _members(block, "norms"), _members(block, "linears")
+    if not len(norms) == len(linears) == block.layers or not untouched(linears, nn.Linear):
+        return None
+    eps = norms[0].eps
+    if not untouched(norms, nn.BatchNorm1d) or any(norm.eps != eps for norm in norms):
+        return None
+    dropout = block.dropout if block.training else 0.0
+    return block.layers, block.order, block.activation, block.negative_slope, eps, dropout
+
+
 def alike(blocks: Sequence[Any]) -> bool:
-    """Whether the units of a stack can run as one op: same options, and no hook waits for one of them to be called."""
-    if not blocks or not all(type(block) is ResidualBlock for block in blocks):
+    """Whether the units of a stack can run as one op: same options, and nothing waits for one of them to be called."""
+    if not blocks or watched() or not untouched(blocks, ResidualBlock):
         return False
-    if any(b._forward_hooks or b._forward_pre_hooks or b._backward_hooks or b._backward_pre_hooks for b in blocks):
-        return False
-    return all(
-        (b.layers, b.order, b.activation, b.negative_slope, b.eps, b.dropout if b.training else 0.0)
-        == (a.layers, a.order, a.activation, a.negative_slope, a.eps, a.dropout if a.training else 0.0)
-        for a, b in pairwise(blocks)
-    )
+    first = _options(blocks[0])
+    return first is not None and all(_options(block) == first for block in blocks[1:])
 
 
 class ResidualBlock(nn.Module):
@@ -178,7 +195,25 @@ class ResidualBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         check_rows("input", input, self.features)
-        return _run([self], input)
+        return self._call_modules(input) if watched() or _options(self) is None else _run([self], input)
+
+    def _call_modules(self, input: Tensor) -> Tensor:
+        """The unit, module by module."""
+        if _backend.current_backend() == "triton":
+            raise RuntimeError(
+                "backend 'triton' was asked for and does not cover a ResidualBlock with replaced modules, hooks, or "
+                "norms that differ in eps; use backend('auto')"
+            )
+        h, last = input, len(self.linears) - 1
+        for i, (norm, linear) in enumerate(zip(self.norms, self.linears, strict=True)):
+            if self.order == "pre":
+                h = linear(activate(norm(h), self.activation, self.negative_slope))
+            else:
+                h = norm(linear(h))
+                if i < last:
+                    h = activate(h, self.activation, self.negative_slope)
+        h = input + nn.functional.dropout(h, self.dropout, self.training)
+        return h if self.order == "pre" else activate(h, self.activation, self.negative_slope)
 
     def extra_repr(self) -> str:
         parts = [f"{self.features}, layers={self.layers}, order={self.order!r}, activation={self.activation!r}"]
@@ -208,6 +243,14 @@ class ResidualStack(nn.Sequential):
         self_features = positive_int("features", features)
         super().__init__(*(ResidualBlock(features, **block_options) for _ in range(positive_int("blocks", blocks, 0))))
         self.features = self_features
+
+    def __getitem__(self, idx: Any) -> Any:
+        """The block at a place, or the stack of the blocks of a slice, under the names they have here."""
+        if not isinstance(idx, slice):
+            return super().__getitem__(idx)
+        part = ResidualStack(self.features, 0)
+        part._modules.update(list(self._modules.items())[idx])
+        return part
 
     def forward(self, input: Tensor) -> Tensor:
         check_rows("input", input, self.features)
@@ -269,14 +312,12 @@ class PlainCall(NamedTuple):
 
 
 def _is_plain(modules: Sequence[Any]) -> bool:
-    """Whether these are Linear, BatchNorm, activation, ..., Linear, alike and with no hook waiting for one of them."""
-    if len(modules) < 4 or len(modules) % 3 != 1:
+    """Whether these are Linear, BatchNorm, activation, ..., Linear, alike and with nothing waiting for one of them."""
+    if len(modules) < 4 or len(modules) % 3 != 1 or watched():
         return False
     first_norm, first = modules[1], modules[2]
     for i, module in enumerate(modules):
-        if type(module) is not _PLAIN[i % 3] or module._forward_hooks or module._forward_pre_hooks:
-            return False
-        if module._backward_hooks or module._backward_pre_hooks:
+        if type(module) is not _PLAIN[i % 3] or not untouched((module,), _PLAIN[i % 3]):
             return False
         if i % 3 == 1 and module.eps != first_norm.eps:
             return False

@@ -137,7 +137,7 @@ def test_the_check_whatever_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "no such shape" in str(hopper_layer._self_check(torch.device("cuda", 0)))
 
 
-@pytest.mark.parametrize(("inner", "width"), itertools.product(hopper.WIDTHS, hopper.WIDTHS))
+@pytest.mark.parametrize(("inner", "width"), [*itertools.product(hopper.WIDTHS, repeat=2)])
 def test_what_a_block_has_of_shared_memory_suffices(inner: int, width: int) -> None:
     for split in (1, 2, 4):
         if width // 128 % split == 0:
