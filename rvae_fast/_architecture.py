@@ -8,9 +8,11 @@ count, with widths spaced linearly from the input to the bottleneck.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 # Every transition interrupts the identity path, so depth beyond a few stages goes into more units a stage instead.
 MAX_STAGES = 4
@@ -48,6 +50,29 @@ def check_number(name: str, value: object, which: str) -> None:
     """Raise a TypeError that names the argument unless ``value`` is a number; ``which`` says of what range."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {which}, got {value!r}")
+
+
+def finite_range(name: str, value: object) -> tuple[float, float]:
+    """Return two numbers, the lower first, or raise an error that names the argument."""
+    wanted = f"{name} must be two finite numbers, the lower first, got {value!r}"
+    try:
+        low, high = map(float, value)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise TypeError(wanted) from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(wanted)
+    return low, high
+
+
+def check_norm_options(eps: Any, momentum: Any) -> None:
+    """Raise an error that names the argument unless ``nn.BatchNorm1d`` can do with these."""
+    check_number("eps", eps, "above 0")
+    if not eps > 0:
+        raise ValueError(f"eps must be above 0, got {eps!r}")
+    if momentum is not None:
+        check_number("momentum", momentum, "in [0, 1], or None")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be None or in [0, 1], got {momentum!r}")
 
 
 def _positive_ints(name: str, values: object, minimum: int) -> tuple[int, ...]:

@@ -15,11 +15,20 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from rvae_fast import _detector_options as options
+from rvae_fast._paths import replaceable
 from rvae_fast._precision import resolve_device
 from rvae_fast._scored import LEARNT, Scored
-from rvae_fast._validation import check_choice, check_finite, check_table, check_unit_range, name_columns
+from rvae_fast._training_config import TrainingConfig, check_resume
+from rvae_fast._validation import (
+    check_choice,
+    check_finite,
+    check_table,
+    check_unit_range,
+    name_columns,
+    unless_refused,
+)
 from rvae_fast.models import Autoencoder
-from rvae_fast.preprocessing import chunks, fit_scaler, scaled_table
+from rvae_fast.preprocessing import Scaler, chunks, fit_scaler, scaled_table
 from rvae_fast.scoring import network_rows
 from rvae_fast.training import History, train
 
@@ -60,7 +69,8 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
         Raises
         ------
         TypeError, ValueError
-            Naming the parameter or the columns at fault, what came and what was expected.
+            Naming the parameter or the columns at fault, what came and what was expected. A detector that was fitted
+            before is then as it was.
         rvae_fast.training.NonFiniteError
             When the loss or a gradient becomes NaN or infinite.
         KeyboardInterrupt
@@ -74,8 +84,26 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
 
     def _learn(self, X: Any) -> NDArray[np.float64]:
         """What ``fit`` does; returns the training rows' anomaly scores."""
+        with unless_refused(self):
+            table, config, model, scaler = self._prepare(X)
         for name in ("offset_", *LEARNT):  # not fitted until the end, whatever was before
             self.__dict__.pop(name, None)
+        self.scaler_, self.model_ = scaler, model.eval()
+        self.history_, self.n_iter_ = History(), 0  # an earlier fit's is of another network
+        with scaled_table(table, self._scaled_parts(table)) as rows:
+            try:
+                self.history_ = train(model, rows, config, resume=self.resume)
+            except KeyboardInterrupt as interrupt:  # what is trained is not lost: fit_score makes a detector of it
+                if isinstance(history := getattr(interrupt, "history", None), History):
+                    self.history_, self.n_iter_ = history, len(history.epochs)
+                raise
+            self.n_iter_ = len(self.history_.epochs)
+            return self._learn_score(
+                rows, "training rows", "; a lower learning_rate, or scaler='standard', prevents that"
+            )
+
+    def _prepare(self, X: Any) -> tuple[NDArray[Any], TrainingConfig, Autoencoder, Scaler]:
+        """All that comes before the training, and may be refused: the checked rows, and what they are given to."""
         options.check(self)
         # One draw from a RandomState or from NumPy's global one; the same int gives the same detector.
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -90,27 +118,18 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
             model = self._model_class(table.shape[1], **options.model_options(self, table.shape[1]))
         if self.likelihood == "bernoulli" and self.scaler is None:
             check_unit_range(chunks(table), names)
-        self.scaler_ = fit_scaler(table, self.scaler, self.missing, names)
-        if self.scaler_.constant.any():
+        scaler = fit_scaler(table, self.scaler, self.missing, names)
+        if scaler.constant.any():
             warnings.warn(
-                f"constant {name_columns(self.scaler_.constant, names)}: nothing to learn there; any other value will "
-                "count as an error in its own units",
+                f"constant {name_columns(scaler.constant, names)}: nothing to learn there; any other value will count "
+                "as an error in its own units",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        self.model_ = model.eval()
-        self.history_, self.n_iter_ = History(), 0  # an earlier fit's is of another network
-        with scaled_table(table, self._scaled_parts(table)) as rows:
-            try:
-                self.history_ = train(model, rows, config, resume=self.resume)
-            except KeyboardInterrupt as interrupt:  # what is trained is not lost: fit_score makes a detector of it
-                if isinstance(history := getattr(interrupt, "history", None), History):
-                    self.history_, self.n_iter_ = history, len(history.epochs)
-                raise
-            self.n_iter_ = len(self.history_.epochs)
-            return self._learn_score(
-                rows, "training rows", "; a lower learning_rate, or scaler='standard', prevents that"
-            )
+        check_resume(self.resume, config)
+        if config.checkpoint is not None:
+            replaceable(config.checkpoint)
+        return table, config, model, scaler
 
     def score_samples(self, X: Any) -> NDArray[np.float64]:
         """Score rows, higher being more normal: minus the reconstruction error (or what ``anomaly_score`` says).

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from sklearn.exceptions import NotFittedError
 
+from rvae_fast._architecture import check_number
 from rvae_fast._paths import replaceable
 from rvae_fast._precision import resolve_device
 from rvae_fast._training_config import TrainingConfig, check_resume
@@ -59,12 +60,7 @@ def check(detector: Any) -> None:
     check_contamination(detector.contamination)
     check_choice("scaler", detector.scaler, SCALERS)
     check_choice("missing", detector.missing, MISSING)
-    variational = detector._model_class.is_variational
-    check_choice("anomaly_score", detector.anomaly_score, [s for s in ANOMALY_SCORES if variational or s != "elbo"])
-    check_choice("pathway", detector.pathway, ("auto", *PATHWAYS))
-    given = detector.pathway_input
-    if not isinstance(given, (bool, np.bool_)) and not (isinstance(given, str) and given == "auto"):
-        raise TypeError(f"pathway_input must be True, False or 'auto', got {given!r}")
+    check_score(detector)
     for name in ("nap_tolerance", "nap_ridge"):
         check_share(name, getattr(detector, name))
     if not isinstance(detector.verbose, (bool, int, np.integer)):
@@ -74,6 +70,21 @@ def check(detector: Any) -> None:
             "likelihood='bernoulli' needs values in [0, 1], which scaler='standard' does not give: use "
             "scaler='minmax', or scaler=None for data that are there already"
         )
+
+
+def check_score(detector: Any) -> None:
+    """Check the parameters that say what rows are scored by, which may be set on a fitted detector too."""
+    variational = detector._model_class.is_variational
+    check_choice("anomaly_score", detector.anomaly_score, [s for s in ANOMALY_SCORES if variational or s != "elbo"])
+    check_choice("pathway", detector.pathway, ("auto", *PATHWAYS))
+    given = detector.pathway_input
+    if not isinstance(given, (bool, np.bool_)) and not (isinstance(given, str) and given == "auto"):
+        raise TypeError(f"pathway_input must be True, False or 'auto', got {given!r}")
+    if detector.anomaly_score == "elbo":
+        weight = detector.kld_weight
+        check_number("kld_weight", weight, "of at least 0")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"kld_weight must be at least 0 and finite, got {weight!r}")
 
 
 def check_before_fit(detector: Any, table: Any) -> None:
@@ -116,6 +127,7 @@ def check_views(detector: Any, n_features: int, scaler: str | None) -> ImageView
 
 def scored_by(detector: Any) -> dict[str, Any]:
     """The parameters that say what a row is scored by: a threshold holds for the scores of these values alone."""
+    check_score(detector)
     names = {"elbo": ("kld_weight",), "sap": ("pathway", "pathway_input"), "nap": ("pathway", "pathway_input")}
     score = detector.anomaly_score
     views = detector.views.describe() if isinstance(detector.views, ImageViews) else copy.deepcopy(detector.views)
@@ -170,6 +182,11 @@ def model_options(detector: Any, n_features: int) -> dict[str, Any]:
     options["latent_features"] = chosen["latent_features"] if latent is None else latent
     blocks = getattr(detector, "blocks", None)
     if detector.widths is not None:
+        if detector.n_layers is not None:
+            raise ValueError(
+                f"n_layers and widths both say how deep the network is: leave one of them None, got "
+                f"n_layers={detector.n_layers!r} and widths={detector.widths!r}"
+            )
         options["widths"] = detector.widths
     elif detector.n_layers is None and "widths" in chosen:
         options["widths"] = chosen["widths"]

@@ -168,6 +168,7 @@ class Scored(Thresholded):
         With ``own`` they are those that the score was learnt from: what these become in other views is compared with
         the other rows only.
         """
+        options.check_score(self)
         views = options.check_views(self, self.model_.in_features, self.scaler_.kind)
         if views is None:
             return self._scores_as_they_are(rows)

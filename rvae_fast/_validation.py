@@ -6,7 +6,8 @@ columns at fault, and a finiteness check that reads in chunks, so that a memory 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,18 @@ def check_choice(name: str, value: object, allowed: Sequence[Any]) -> None:
     """Raise a ValueError that names the parameter unless ``value`` is one of ``allowed``."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+@contextlib.contextmanager
+def unless_refused(estimator: Any) -> Iterator[None]:
+    """Inside, an error leaves the estimator as it was: what is refused does not cost what an earlier fit has made."""
+    before = dict(estimator.__dict__)
+    try:
+        yield
+    except BaseException:
+        estimator.__dict__.clear()
+        estimator.__dict__.update(before)
+        raise
 
 
 def check_contamination(value: object) -> float:

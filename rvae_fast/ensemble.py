@@ -23,7 +23,7 @@ from rvae_fast._base_detector import BaseDetector
 from rvae_fast._ensemble_members import check_members, said_once, unit
 from rvae_fast._paths import replaceable
 from rvae_fast._thresholded import Thresholded
-from rvae_fast._validation import check_contamination, check_finite, check_table, check_unit_range
+from rvae_fast._validation import check_contamination, check_finite, check_table, check_unit_range, unless_refused
 from rvae_fast.detector import RVAEDetector
 from rvae_fast.preprocessing import chunks
 
@@ -111,17 +111,17 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
         Raises
         ------
         TypeError, ValueError
-            Naming the parameter or the columns at fault, what came and what was expected.
+            Naming the parameter or the columns at fault, what came and what was expected. An ensemble that was fitted
+            before is then as it was.
         rvae_fast.training.NonFiniteError
             When the loss or a gradient of a member becomes NaN or infinite.
         """
+        with unless_refused(self):
+            check_contamination(self.contamination)
+            members = self._unfitted()
+            self._check_before_fit(members, check_table(self, X, reset=True, min_rows=2))
         self.__dict__.pop("offset_", None)  # not fitted until the end, whatever was before
-        check_contamination(self.contamination)
-        members = self._unfitted()
-        table = check_table(self, X, reset=True, min_rows=2)
-        self._check_before_fit(members, table)
         self._remove_checkpoints(members)
-        del table
         self.estimators_: list[BaseDetector] = []
 
         def fit(member: BaseDetector) -> None:

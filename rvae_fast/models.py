@@ -10,7 +10,6 @@ appendix B), a row's anomaly score its reconstruction error.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,8 +19,18 @@ from torch.nn import functional as F
 
 from rvae_fast import reference
 from rvae_fast._activations import check_activation
-from rvae_fast._architecture import MAX_STAGES, check_number, one_of, plain_widths, positive_int, residual_stages
+from rvae_fast._architecture import (
+    MAX_STAGES,
+    check_norm_options,
+    check_number,
+    finite_range,
+    one_of,
+    plain_widths,
+    positive_int,
+    residual_stages,
+)
 from rvae_fast._networks import plain_net, residual_net
+from rvae_fast._norms import untouched, watched
 from rvae_fast.nn import ORDERS, Transition, check_rows
 from rvae_fast.ops import posterior
 from rvae_fast.ops.decoder_error import decoder_error
@@ -136,9 +145,8 @@ class Autoencoder(nn.Module):
         one_of("order", order, ORDERS)
         one_of("likelihood", likelihood, LIKELIHOODS)
         one_of("init", init, INITS)
-        low, high = logvar_range
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"logvar_range must be two finite numbers, the lower first, got {logvar_range!r}")
+        low, high = finite_range("logvar_range", logvar_range)
+        check_norm_options(eps, momentum)
         if not self.is_residual and blocks is not None:
             raise ValueError(
                 f"blocks is for residual models, {type(self).__name__} has none: expected None, got {blocks!r}"
@@ -200,7 +208,7 @@ class Autoencoder(nn.Module):
         check_rows("x", x, self.in_features)
         if not (self.is_variational and self.training):
             mu, logvar = self._encode(x)
-            return self.decoder(mu), mu, logvar, mu, None
+            return self.decoder(self._as_decoded(mu)), mu, logvar, mu, None
         code, kld = self.encoder(x), None
         if posterior.covers(code):
             mu, logvar, z = posterior.sample_posterior(code, *self.logvar_range)
@@ -210,7 +218,14 @@ class Autoencoder(nn.Module):
                 z, kld = reparameterise(mu, logvar)
             else:
                 z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-        return self.decoder(z), mu, logvar, z, kld
+        return self.decoder(self._as_decoded(z)), mu, logvar, z, kld
+
+    def _as_decoded(self, z: Tensor) -> Tensor:
+        """A code for the decoder: that of a 16-bit VAE comes in fp32, which its layers would refuse."""
+        if z.dtype != torch.float32 or not self.is_variational or torch.is_autocast_enabled(z.device.type):
+            return z
+        dtype = next(self.decoder.parameters()).dtype
+        return z.to(dtype) if dtype in (torch.bfloat16, torch.float16) else z
 
     def forward(self, x: Tensor) -> Output:
         """Reconstruct rows.
@@ -238,7 +253,7 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Rows ``[batch, in_features]``, in the input's units, of codes ``[batch, latent_features]``."""
         check_rows("z", z, self.latent_features)
-        raw: Tensor = self.decoder(z)
+        raw: Tensor = self.decoder(self._as_decoded(z))
         return torch.sigmoid(raw) if self.likelihood == "bernoulli" else raw
 
     def loss_terms(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -299,16 +314,16 @@ class Autoencoder(nn.Module):
         """:meth:`loss_terms` in eval of a decoder that ends in a linear layer: the reconstruction is not written."""
         check_rows("x", x, self.in_features)
         mu, logvar = self._encode(x)
-        last = self.decoder[-1]
-        error = decoder_error(self.decoder[:-1](mu), last.weight, last.bias, x, likelihood=self.likelihood)  # type: ignore[arg-type]
+        last: Any = self.decoder[-1]
+        h = self.decoder[:-1](self._as_decoded(mu))
+        error = decoder_error(h, last.weight, last.bias, x, likelihood=self.likelihood)
         kld = reference.kld(mu, logvar) if want_kld and logvar is not None else torch.zeros_like(error)
         return error, kld
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether calling ``module`` is the product with its weight and nothing else (no hooks, no parametrisation)."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) in (nn.Linear, Transition) and not hooks
+    return type(module) in (nn.Linear, Transition) and not watched() and untouched((module,), type(module))
 
 
 class AE(Autoencoder):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rvae_fast import _backend
 from rvae_fast._activations import Activation, activate, check_activation
-from rvae_fast._architecture import positive_int
+from rvae_fast._architecture import check_norm_options, positive_int
 from rvae_fast._norms import advance, averages, untouched, values, watched
 from rvae_fast.ops.plain_stack import Lists, Options, plain_stack, products_dtype
 from rvae_fast.ops.residual_stack import residual_stack
@@ -159,10 +159,7 @@ class ResidualBlock(nn.Module):
         if order not in ORDERS:
             raise ValueError(f"order must be 'pre' or 'post', got {order!r}")
         check_activation(activation, negative_slope)
-        if not eps > 0:
-            raise ValueError(f"eps must be above 0, got {eps!r}")
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be None or in [0, 1], got {momentum!r}")
+        check_norm_options(eps, momentum)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
         if zero_init and order == "post" and not affine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import rvae_fast
 from rvae_fast._architecture import residual_stages
 from rvae_fast.models import AE, MODELS, RAE, RVAE, VAE, Output
 from rvae_fast.nn import ResidualBlock
@@ -324,3 +326,38 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_plain_models_refuse_what_only_units_have(arguments):
     with pytest.raises(ValueError, match="is for residual models"):
         VAE(8, 2, **arguments)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"eps": -1.0}, ValueError, "eps must be above 0, got -1.0"),
+        ({"eps": "1"}, TypeError, "eps must be a number"),
+        ({"momentum": 7}, ValueError, r"momentum must be None or in \[0, 1\], got 7"),
+        ({"momentum": "0.1"}, TypeError, "momentum must be a number"),
+        ({"logvar_range": 3}, TypeError, "logvar_range must be two finite numbers, the lower first, got 3"),
+        ({"logvar_range": (1.0, 2.0, 3.0)}, TypeError, "logvar_range must be two finite numbers"),
+        ({"logvar_range": (1.0, 1.0)}, ValueError, "logvar_range must be two finite numbers"),
+    ],
+)
+def test_options_that_are_wrong(name: str, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MODELS[name](8, 2, n_layers=3, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_16_bit_models(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wide, x = MODELS[name](8, 2, n_layers=4), torch.rand(32, 8)
+    model, rows = copy.deepcopy(wide).to(dtype), x.to(dtype)
+    out = model(rows)
+    assert out.reconstruction.dtype == dtype
+    model.loss(rows).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval(), wide.load_state_dict(model.float().state_dict()), model.to(dtype)
+    exact = wide.eval().anomaly_score(rows.float())
+    for scores in (model.anomaly_score(rows), model.decode(model(rows).z).sub(rows).float().square().sum(1)):
+        torch.testing.assert_close(scores.float(), exact, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(torch.as_tensor(rvae_fast.freeze(model)(rows)).float(), exact, rtol=0.05, atol=0.02)

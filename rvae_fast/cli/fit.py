@@ -211,6 +211,8 @@ def fit(
             start = starting_parameters(source.dataset or "", is_image=source.image_shape is not None)
         else:
             start = presets.preset(base)
+        if given.keys() & (depths := {"n_layers", "widths"}):  # one of them says it all
+            start = {name: value for name, value in start.items() if name not in depths}
         both = sorted({name for own in several for name in own} & given.keys()) if isinstance(several, list) else []
         if both:
             usage_error(f"--preset {preset_name} has its own {', '.join(both)} for each member", "--preset")

@@ -49,7 +49,8 @@ class Sample:
 class Gallery:
     """The worst and the best rows; ``sheets`` are PNGs of image rows, ``drivers`` the features of the worst rows.
 
-    ``by_score`` says what ranks features: how much they add to the score, or else their error.
+    ``shares_of`` says what ranks features: what the "score" falls by with the value as expected, or the reconstruction
+    "error" by the detector's likelihood, or the "squared error" after scaling.
     """
 
     worst: list[Sample]
@@ -57,7 +58,7 @@ class Gallery:
     sheets: dict[str, bytes]
     drivers: list[FeatureError]
     averaged: int
-    by_score: bool
+    shares_of: str
 
 
 def reconstruct(detector: Any, X: NDArray[Any]) -> NDArray[np.float64]:
@@ -68,14 +69,20 @@ def reconstruct(detector: Any, X: NDArray[Any]) -> NDArray[np.float64]:
         return np.asarray(detector.reconstruct(X), dtype=np.float64)
 
 
-def _score_falls(detector: Any, values: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """By how much each value raises the detector's score; None where that is its error, or takes too long."""
-    score = parameters(detector).get("anomaly_score", "reconstruction")
-    if score == "reconstruction" or values.shape[1] > _ATTRIBUTED_FEATURES or not len(values):
-        return None
+def _weights(
+    detector: Any, values: NDArray[np.float64], expected: NDArray[np.float64], scale: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], str]:
+    """What ranks the features of rows, and what that is: what each adds to the score, as near as it can be had."""
+    known = parameters(detector)
+    score = known.get("anomaly_score", "reconstruction")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
-        return np.maximum(detector.feature_attributions(values), 0.0)
+        if score != "reconstruction" and values.shape[1] <= _ATTRIBUTED_FEATURES and len(values):
+            return np.maximum(detector.feature_attributions(values), 0.0), "score"
+        if known.get("likelihood", "squared") != "squared" and len(values):
+            # Less than nothing is the cross-entropy of no value.
+            return np.maximum(detector.feature_errors(values, units="score"), 0.0), "error"
+    return squared_errors(values, expected, scale), "squared error"
 
 
 def _scale(detector: Any, feature_scale: ArrayLike | None, features: int) -> NDArray[np.float64]:
@@ -143,10 +150,7 @@ def build_gallery(
     worst_values, worst_expected = values[: high.size], expected[: high.size]
     best_values, best_expected = values[high.size :], expected[high.size :]
 
-    weights = None if shape else _score_falls(detector, values)
-    by_score = weights is not None
-    if weights is None:
-        weights = squared_errors(values, expected, scale)
+    weights, shares_of = (np.empty(0), "") if shape else _weights(detector, values, expected, scale)
 
     def sample(i: int, k: int) -> Sample:
         position, value, guess = rows[i], values[k], expected[k]
@@ -180,5 +184,5 @@ def build_gallery(
         sheets=sheets,
         drivers=drivers,
         averaged=int(high.size),
-        by_score=by_score,
+        shares_of=shares_of,
     )

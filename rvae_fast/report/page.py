@@ -94,6 +94,17 @@ def _pictures(
     return about_scores, [dataclasses.replace(p, caption=p.caption + whose) for p in drawn if p is not None]
 
 
+def _as_fitted(X: Any, detector: Any) -> NDArray[Any]:
+    """The values of a DataFrame in the order of the columns that the detector was fitted to."""
+    names = getattr(detector, "feature_names_in_", None)
+    if names is None or list(X.columns) == list(names):
+        return np.asarray(X)
+    if set(X.columns) != set(names):
+        odd = sorted(map(str, set(X.columns) ^ set(names)))
+        raise ValueError(f"X must have the columns that the detector was fitted to; not in both are {', '.join(odd)}")
+    return np.asarray(X[list(names)])
+
+
 def _write(path: Path, data: bytes) -> None:
     """Write a file in one step: a reader sees the old one or the new one, never a part."""
     with atomic_path(path) as temporary:
@@ -223,7 +234,7 @@ def write_report(
 
     gallery = None
     if X is not None and (reconstruction is not None or detector is not None) and at_hand.size:
-        X = X if hasattr(X, "shape") and not hasattr(X, "iloc") else np.asarray(X)
+        X = _as_fitted(X, detector) if hasattr(X, "iloc") else X if hasattr(X, "shape") else np.asarray(X)
         if feature_names is None:
             feature_names = getattr(detector, "feature_names_in_", None)
         names = (

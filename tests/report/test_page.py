@@ -227,6 +227,45 @@ def test_features_are_ranked_by_the_score_that_is_taken(score: str, tmp_path: Pa
         assert "as expected" in page.text
 
 
+def test_shares_are_of_the_error_by_the_likelihood(tmp_path: Path, read_page: Any) -> None:
+    class Detector:
+        def get_params(self, deep: bool = True) -> dict[str, Any]:
+            return {"anomaly_score": "reconstruction", "likelihood": "absolute"}
+
+        def reconstruct(self, X: Any) -> Any:
+            return X + np.array([1.0, 4.0])
+
+        def feature_errors(self, X: Any, units: str) -> Any:
+            assert units == "score"
+            return np.abs(X - self.reconstruct(X))
+
+    page = read_page(
+        write_report(
+            tmp_path, scores=[9.0, 0.0], threshold=1.0, X=np.zeros((2, 2)), detector=Detector(),
+            feature_names=["pressure", "flow"],
+        )
+    )  # fmt: skip
+    assert re.search(r"flow\s*0\s*4\s*80 %\s*pressure\s*0\s*1\s*20 %", page.text)
+    assert "squared error" not in page.text
+
+
+def test_a_frame_with_its_columns_in_another_order(tmp_path: Path, read_page: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+
+    class Detector:
+        feature_names_in_ = np.array(["pressure", "flow"], dtype=object)
+
+        def reconstruct(self, X: Any) -> Any:
+            return np.tile([1.0, 5.0], (len(X), 1))
+
+    options: dict[str, Any] = {"scores": [9.0, 0.0], "threshold": 1.0, "detector": Detector()}
+    frame = pandas.DataFrame({"flow": [2.0, 5.0], "pressure": [1.0, 1.0]})
+    page = read_page(write_report(tmp_path, X=frame, **options))
+    assert re.search(r"flow\s*2\s*5\s*100 %\s*pressure\s*1\s*1\s*0 %", page.text)
+    with pytest.raises(ValueError, match="columns that the detector was fitted to; not in both are flow, heat"):
+        write_report(tmp_path, X=frame.rename(columns={"flow": "heat"}), **options)
+
+
 def test_where_a_fall_is_infinite_it_has_the_whole_share() -> None:
     from rvae_fast.report.reconstructions import leading_features
 
