@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/batched_gradients.h"
 #include "cpu/posterior.h"
 
 namespace rvae::cpu::posterior {
@@ -69,13 +70,12 @@ class Node : public torch::autograd::Function<Node> {
     variable_list result(4);
     if (!incoming[0].defined() && !incoming[1].defined() && !incoming[2].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    if (at::GradMode::is_enabled()) {
-      const auto& data = ctx->saved_data;
-      result[0] = differentiable(incoming, saved[0], saved[1], data.at("low").toDouble(), data.at("high").toDouble());
-    } else {
+    const double low = ctx->saved_data.at("low").toDouble(), high = ctx->saved_data.at("high").toDouble();
+    result[0] = one_by_one(incoming, [&](const variable_list& one) -> variable_list {
+      if (at::GradMode::is_enabled()) return {differentiable(one, saved[0], saved[1], low, high)};
       const at::AutoDispatchBelowADInplaceOrView below;
-      result[0] = run_backward(incoming, saved[2], saved[3], saved[0].scalar_type());
-    }
+      return {run_backward(one, saved[2], saved[3], saved[0].scalar_type())};
+    })[0];
     return result;
   }
 };

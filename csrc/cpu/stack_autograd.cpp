@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/batched_gradients.h"
 #include "cpu/plain_stack.h"
 #include "cpu/residual_stack.h"
 
@@ -177,13 +178,11 @@ class Stack : public torch::autograd::Function<Stack> {
       next += counts[i];
       for (int64_t k = 0; i < 4 && k < counts[i]; ++k) needs.push_back(ctx->needs_input_grad(needs.size()));
     }
-    variable_list result;
-    if (at::GradMode::is_enabled()) {
-      result = differentiable(call, incoming[0], x, lists, needs);
-    } else {
+    variable_list result = one_by_one(incoming, [&](const variable_list& one) {
+      if (at::GradMode::is_enabled()) return differentiable(call, one[0], x, lists, needs);
       const at::AutoDispatchBelowADInplaceOrView below;
-      result = gradients(call, incoming[0], x, kept, lists, needs);
-    }
+      return gradients(call, one[0], x, kept, lists, needs);
+    });
     result.resize(needs.size() + 4);
     return result;
   }

@@ -126,6 +126,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(*constant)
 
 
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+
+
+def _is_batched(tensor: Tensor | None) -> bool:
+    """Whether it is a batch under autograd's own vmap (``is_grads_batched``) or torch.func's."""
+    if tensor is None or torch.compiler.is_compiling():
+        return False
+    keys = torch._C._dispatch_keys(tensor)
+    return bool(keys.has(_BATCHED) or keys.has(torch._C.DispatchKey.FuncTorchBatched))
+
+
 def _backward(ctx: Any, grad_error: Tensor | None, grad_kld: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     needs = [
@@ -134,9 +145,10 @@ def _backward(ctx: Any, grad_error: Tensor | None, grad_kld: Tensor | None) -> t
     ]
     if not any(needs):
         return (None,) * 7
-    # Under create_graph=True the gradients must themselves be differentiable: take the reference's, which are.
+    # Under create_graph=True the gradients must themselves be differentiable, with is_grads_batched come many at once:
+    # the reference's can be both.
     run: Any = getattr(ctx, "run_backward", _backward_op)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _is_batched(grad_error) or _is_batched(grad_kld):
         run = reference.reconstruction_kld_backward
     grads = iter(run(grad_error, grad_kld, *inputs, ctx.likelihood, ctx.reduction, needs))
     return (*(next(grads) if need else None for need in needs), None, None)
