@@ -10,8 +10,7 @@ import typer
 
 from rvae_fast.cli.common import DebugOption, ForceOption, JsonOption, command, note, print_json, refuse_to_overwrite
 from rvae_fast.cli.csv_options import DecimalOption, DelimiterOption, EncodingOption, HeaderOption, csv_options
-from rvae_fast.cli.score import ChunkOption, DeviceOption, QuietOption
-from rvae_fast.cli.source import (
+from rvae_fast.cli.data_options import (
     AnomalyOption,
     DataArgument,
     IdOption,
@@ -22,6 +21,7 @@ from rvae_fast.cli.source import (
     PartOption,
     SplitSeedOption,
 )
+from rvae_fast.cli.score import ChunkOption, DeviceOption, QuietOption
 
 __all__ = ["calibrate"]
 

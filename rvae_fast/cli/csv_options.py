@@ -16,7 +16,8 @@ HeaderOption = Annotated[
     bool | None,
     typer.Option(
         "--header/--no-header",
-        help="CSV: whether the first line names the columns [default: unless all of it is numbers].",
+        help="CSV: whether the first line names the columns [default: unless all of it is numbers other than 0,1,2,... "
+        "or 1,2,3,...].",
         show_default=False,
     ),
 ]

@@ -21,6 +21,16 @@ from rvae_fast.cli.common import (
     usage_error,
 )
 from rvae_fast.cli.csv_options import DecimalOption, DelimiterOption, EncodingOption, HeaderOption, csv_options
+from rvae_fast.cli.data_options import (
+    AnomalyOption,
+    DataArgument,
+    IdOption,
+    KeyOption,
+    LabelOption,
+    NovelOption,
+    PartOption,
+    SplitSeedOption,
+)
 from rvae_fast.cli.fit_options import (
     MODEL,
     PARAMETERS,
@@ -32,16 +42,6 @@ from rvae_fast.cli.fit_options import (
     as_parameters,
 )
 from rvae_fast.cli.score import QuietOption, ReportOption, ShapeOption
-from rvae_fast.cli.source import (
-    AnomalyOption,
-    DataArgument,
-    IdOption,
-    KeyOption,
-    LabelOption,
-    NovelOption,
-    PartOption,
-    SplitSeedOption,
-)
 
 __all__ = ["fit"]
 
@@ -140,6 +140,7 @@ def fit(
 
     **Exit status**: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
+    from rvae_fast.cli.columns import learnt_names, tell_columns
     from rvae_fast.cli.defaults import starting_parameters
     from rvae_fast.cli.fit_report import FEW_ROWS, check_folds_of_file, write_fit_report
     from rvae_fast.cli.interrupted import keep_trained, keep_what_there_is, name_columns
@@ -171,7 +172,6 @@ def fit(
         usage_error("needs --label, the column of these values", "--anomaly-value")
 
     from rvae_fast import detector as detectors
-    from rvae_fast.datasets.types import numbered_names
     from rvae_fast.serialization import save
 
     detector_class = getattr(detectors, f"{model.value.upper()}Detector")
@@ -197,6 +197,8 @@ def fit(
             default_part="train",
             split_seed=split_seed,
         )
+        if not quiet:
+            tell_columns(source)
         table = source.read()
         X, truth = table.X, None
         if table.labels is not None:
@@ -205,7 +207,7 @@ def fit(
                 X = X[truth == 0]
                 if not quiet:
                     note(f"left out {len(table.X) - len(X):,} labelled anomalies; training on {len(X):,} rows")
-        names = None if tuple(table.columns) == numbered_names(len(table.columns)) else table.columns
+        names = learnt_names(source, table)
         # What is given one by one wins over the preset, whose parameters the chosen model may not all have.
         if preset is None:
             start = starting_parameters(source.dataset or "", is_image=source.image_shape is not None)

@@ -12,8 +12,7 @@ import typer
 
 from rvae_fast.cli.common import DebugOption, ForceOption, JsonOption, command, note, print_json, refuse_to_overwrite
 from rvae_fast.cli.csv_options import DecimalOption, DelimiterOption, EncodingOption, HeaderOption, csv_options
-from rvae_fast.cli.score import QuietOption
-from rvae_fast.cli.source import (
+from rvae_fast.cli.data_options import (
     AnomalyOption,
     IdOption,
     KeyOption,
@@ -23,6 +22,7 @@ from rvae_fast.cli.source import (
     PartOption,
     SplitSeedOption,
 )
+from rvae_fast.cli.score import QuietOption
 
 __all__ = ["fit_score"]
 
@@ -90,6 +90,7 @@ def fit_score(
 
     **Exit status**: 0 done, 1 failed, 2 wrong usage.
     """
+    from rvae_fast.cli.columns import tell_columns, use_columns
     from rvae_fast.cli.common import usage_error
     from rvae_fast.cli.run import load_detector, split_names, told_of_file
     from rvae_fast.cli.source import binary_labels, frame, open_source
@@ -117,7 +118,9 @@ def fit_score(
                     usage_error("needs --label, the column of these values", "--anomaly-value")
                 if source.image_shape is not None and novel is None:
                     usage_error("say which class is no normal one: the others' rows are used", "--novel")
-                source.use_columns(names)
+                use_columns(source, names)
+                if not quiet:
+                    tell_columns(source)
                 table = source.read()
             X = table.X
             if table.labels is not None:

@@ -131,10 +131,13 @@ def run_scoring(
     quiet: bool = False,
 ) -> Scored:
     """Score all rows of ``source``, a chunk in memory at a time; ``explain``: columns named of a flagged row."""
+    from rvae_fast.cli.columns import tell_columns, use_columns
     from rvae_fast.cli.reasons import reasons
     from rvae_fast.report import ExtremeRows
 
-    source.use_columns(getattr(detector, "feature_names_in_", None))
+    use_columns(source, getattr(detector, "feature_names_in_", None))
+    if not quiet:
+        tell_columns(source)
     extremes = ExtremeRows() if keep_rows else None
     scores: list[NDArray[np.float64]] = []
     labels: list[NDArray[Any]] = []

@@ -21,7 +21,7 @@ from rvae_fast.cli.common import (
     usage_error,
 )
 from rvae_fast.cli.csv_options import DecimalOption, DelimiterOption, EncodingOption, HeaderOption, csv_options
-from rvae_fast.cli.source import (
+from rvae_fast.cli.data_options import (
     DataArgument,
     IdOption,
     KeyOption,

@@ -7,9 +7,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from rvae_fast.cli.common import fail, usage_error
 
@@ -19,69 +17,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rvae_fast.datasets import Dataset, Table
+    from rvae_fast.datasets.tables import Naming
 
-__all__ = [
-    "AnomalyOption",
-    "DataArgument",
-    "IdOption",
-    "KeyOption",
-    "LabelOption",
-    "ModelArgument",
-    "NovelOption",
-    "PartOption",
-    "Source",
-    "SplitSeedOption",
-    "binary_labels",
-    "frame",
-    "open_source",
-    "parse_shape",
-]
+__all__ = ["Source", "binary_labels", "frame", "open_source", "parse_shape"]
 
 PARTS = ("all", "train", "validation", "test")
 
 #: Options of a reader that say how a CSV file is written.
 CSV = ("delimiter", "decimal", "header", "encoding")
-
-DataArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        help="Rows: a .csv, .parquet, .npy, .npz or idx file; `-` for CSV on standard input; or a built-in data set"
-        " (`rvae-fast data`).",
-        show_default=False,
-    ),
-]
-ModelArgument = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", help="File that `rvae-fast fit` (or rvae_fast.save) wrote.", show_default=False),
-]
-LabelOption = Annotated[
-    str | None,
-    typer.Option("--label", help="Column (or .npz array) that says which rows are anomalies; never a feature."),
-]
-AnomalyOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--anomaly-value",
-        help="Label that means anomaly; may be repeated. Not needed for 0/1, true/false, +1/-1 (-1 is the anomaly)"
-        " and normal/anomaly.",
-    ),
-]
-IdOption = Annotated[str | None, typer.Option("--id", help="Column that names the rows; never a feature.")]
-NovelOption = Annotated[
-    str | None,
-    typer.Option("--novel", help="Built-in images: the class that is the anomaly (`digits`, `mnist`: 0 to 9)."),
-]
-PartOption = Annotated[
-    str | None,
-    typer.Option(
-        "--part",
-        help="Built-in data: all, train, validation or test. `fit` takes the normal training rows (60 %),"
-        " `calibrate` the validation rows, `score` and `evaluate` the test rows, unless this says otherwise.",
-    ),
-]
-SplitSeedOption = Annotated[int, typer.Option("--split-seed", min=0, help="Built-in data: seed of that split.")]
-KeyOption = Annotated[str | None, typer.Option("--key", help=".npz: name of the array that holds the rows.")]
 
 
 @dataclass
@@ -110,12 +53,22 @@ class Source:
     options: dict[str, Any] = field(default_factory=dict)
     arrays: tuple[np.ndarray, np.ndarray | None, np.ndarray, tuple[str, ...]] | None = None
 
-    def use_columns(self, names: Sequence[str] | None) -> None:
-        """Read the features by these names; where the file has no names of its own, by position."""
-        if names is None or self.path is None or self.options.get("columns") or not self._has_names():
-            return
-        self.options["columns"] = [str(name) for name in names]
-        self.options["drop"] = ()
+    @property
+    def kind(self) -> str | None:
+        """Return the format of the file; None for a built-in data set."""
+        from rvae_fast.datasets.readers import table_format
+
+        return None if self.path is None else self.options.get("format") or table_format(self.path)
+
+    def naming(self, **changes: Any) -> Naming | None:
+        """Return what the file says of its columns, read with these options; None where that cannot be told."""
+        from rvae_fast.datasets.csv_layout import CsvOptions
+        from rvae_fast.datasets.readers import table_naming
+
+        written = {name: self.options[name] for name in CSV if name in self.options} | changes
+        with contextlib.suppress(Exception):  # whatever is wrong, reading will say so properly
+            return None if self.path is None else table_naming(self.path, self.kind, CsvOptions(**written))
+        return None
 
     def read(self) -> Table:
         """Read all rows."""
@@ -157,26 +110,6 @@ class Source:
 
                 return int(parquet.ParquetFile(self.path).metadata.num_rows)
         return None
-
-    def _has_names(self) -> bool:
-        from rvae_fast.datasets.readers import table_format
-
-        assert self.path is not None
-        kind = self.options.get("format") or table_format(self.path)
-        if kind == "npz":
-            import numpy as np
-
-            from rvae_fast.datasets.array_reader import NAME_KEYS
-
-            with contextlib.suppress(Exception), np.load(self.path, allow_pickle=False) as file:
-                return any(key in file.files for key in NAME_KEYS)
-        if kind == "csv":
-            from rvae_fast.datasets.csv_reader import CsvOptions, has_header
-
-            written = {name: self.options[name] for name in CSV if name in self.options}
-            with contextlib.suppress(Exception):  # whatever is wrong, reading will say so properly
-                return has_header(self.path, CsvOptions(**written))
-        return kind in {"csv", "parquet"}
 
     @contextlib.contextmanager
     def _own_name(self) -> Iterator[None]:

@@ -64,6 +64,12 @@ def open_npz(path: Path, selection: Selection, key: str | None) -> Opened:
     return _open_array(path, X, names, selection, arrays)
 
 
+def has_names(path: Path) -> bool:
+    """Return whether an .npz file names the columns of its rows; the rows are not read."""
+    with np.load(path, allow_pickle=False) as file:
+        return any(name in file.files for name in NAME_KEYS)
+
+
 def open_idx(path: Path, selection: Selection) -> Opened:
     """Open an idx file, gzipped or not; `label` of the selection may be the path of the idx file with the labels."""
     try:

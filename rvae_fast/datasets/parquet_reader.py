@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .tables import Batch, Opened, Selection, TableError, parse_labels
+from .tables import Batch, Naming, Opened, Selection, TableError, parse_labels
 
 BATCH_BYTES = 32 << 20
 BATCH_ROWS = 65_536  # at most
@@ -24,22 +26,43 @@ def open_parquet(path: Path, selection: Selection) -> Opened:
     TableError
         A damaged file, no rows, a column that is not there, a feature of another type, a null label.
     """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ImportError("reading Parquet files needs pyarrow: pip install 'rvae-fast[data]'") from error
-    try:
-        file = parquet.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise TableError(f"{path}: not a readable Parquet file ({error})") from error
-    features = selection.features(tuple(file.schema_arrow.names), path)
+    file = _open(path)  # says what to install where there is no pyarrow
+    import pyarrow as pa
+
+    naming = _naming(file)
+    features = selection.features(naming.names, path, naming.left_out)
     if file.metadata.num_rows == 0:
         raise TableError(f"{path}: it has columns but no rows")
     _check_numeric(path, file, features)
     types = [_value_type(file.schema_arrow.field(name).type) for name in features]
     single = all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in types)
     return Opened(features, _batches(path, file, features, selection, np.float32 if single else np.float64))
+
+
+def parquet_naming(path: Path) -> Naming:
+    """Return what a file says of its columns."""
+    return _naming(_open(path))
+
+
+def _open(path: Path) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ImportError("reading Parquet files needs pyarrow: pip install 'rvae-fast[data]'") from error
+    try:
+        return parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _naming(file: Any) -> Naming:
+    names = tuple(file.schema_arrow.names)
+    # A frame that was sorted or filtered has its index as a column, which pandas lists here; a range is no text.
+    listed: list[Any] = []
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # others may write there what they like
+        listed = list(json.loads((file.schema_arrow.metadata or {})[b"pandas"])["index_columns"])
+    return Naming(names, index=tuple(name for name in names if name in listed))
 
 
 def _value_type(kind: Any) -> Any:

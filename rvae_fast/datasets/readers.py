@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .array_reader import open_idx, open_npy, open_npz
-from .csv_reader import CsvOptions, open_csv
-from .parquet_reader import open_parquet
-from .tables import Batch, Opened, Selection, Table, TableError
+from .array_reader import has_names, open_idx, open_npy, open_npz
+from .csv_layout import CsvOptions, find_layout
+from .csv_reader import open_csv
+from .parquet_reader import open_parquet, parquet_naming
+from .tables import Batch, Naming, Opened, Selection, Table, TableError
 
 FORMATS = ("csv", "parquet", "npy", "npz", "idx")
 _SUFFIXES = {
@@ -47,8 +48,9 @@ def read_table(
     path : path
         .csv, .tsv, .txt (also .gz, .bz2, .zst), .parquet, .npy, .npz, idx (also .gz).
     columns : sequence of str, optional
-        The features, in this order. Default: every column but the label, the id and those in `drop`. Arrays without
-        names have x0, x1, ...
+        The features, in this order. Default: every column but the label, the id, those in `drop`, the index that
+        pandas wrote (in CSV a first column without a name, called unnamed0) and, in CSV, columns at the end without
+        name and value. Arrays without names have x0, x1, ...
     drop : sequence of str
         Columns to leave out.
     label, id : str, optional
@@ -60,7 +62,8 @@ def read_table(
         For .npz: the array that holds the rows.
     delimiter, decimal, header, encoding : optional
         For CSV. Default: delimiter found among comma, semicolon, tab and bar; decimal point; the first line holds
-        column names unless all of it is numbers; UTF-8, UTF-16 by its mark, else Latin-1.
+        column names unless all of it is numbers (but 0, 1, 2, ... and 1, 2, 3, ... are names); UTF-8, UTF-16 by its
+        mark, else Latin-1.
 
     Returns
     -------
@@ -164,6 +167,23 @@ def _open(
     if kind == "npz":
         return open_npz(path, selection, key)
     return open_npy(path, selection) if kind == "npy" else open_idx(path, selection)
+
+
+def table_naming(path: str | os.PathLike[str], format: str | None = None, csv: CsvOptions | None = None) -> Naming:
+    """Return what a file says of its columns; without a list of them where it has no names and is no text.
+
+    Raises
+    ------
+    FileNotFoundError, TableError
+        As `read_table`.
+    """
+    path = Path(path)
+    kind = table_format(path) if format is None else format
+    if kind == "csv":
+        return find_layout(path, csv or CsvOptions()).naming
+    if kind == "parquet":
+        return parquet_naming(path)
+    return Naming((), named=kind == "npz" and has_names(path))
 
 
 def table_format(path: str | os.PathLike[str]) -> str:

@@ -55,6 +55,36 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Naming:
+    """What a file says of its columns.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of all its columns, in its order.
+    named : bool
+        Whether the file has these names; else they are x0, x1, ...
+    index : tuple of str
+        Columns that number or name the rows and measure nothing: pandas' index. No features unless asked for.
+    empty : tuple of str
+        Columns at the end with neither name nor value. No features unless asked for.
+    counted : bool
+        Whether the names are a line 0, 1, ... or 1, 2, 3, ... that might be a row of numbers.
+    """
+
+    names: tuple[str, ...]
+    named: bool = True
+    index: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+    counted: bool = False
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Return the columns that are features only if they are asked for."""
+        return self.index + self.empty
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which columns of a file are features, label and id."""
 
@@ -73,8 +103,16 @@ class Selection:
             raise ValueError("columns: expected at least one column name, got an empty sequence")
         return cls(None if columns is None else tuple(columns), tuple(drop), label, id)
 
-    def features(self, names: Sequence[str], path: Path) -> tuple[str, ...]:
-        """Return the feature columns among a file's column names; TableError for a name that is not there."""
+    @property
+    def named(self) -> frozenset[str | None]:
+        """Return the columns that the caller names, for whatever purpose."""
+        return frozenset((*(self.columns or ()), *self.drop, self.label, self.id))
+
+    def features(self, names: Sequence[str], path: Path, left_out: Sequence[str] = ()) -> tuple[str, ...]:
+        """Return the feature columns among a file's column names; TableError for a name that is not there.
+
+        Those in ``left_out`` are features only if ``columns`` names them.
+        """
         if len(set(names)) < len(names):
             repeated = sorted(name for name, count in Counter(names).items() if count > 1)
             raise TableError(
@@ -94,7 +132,8 @@ class Selection:
                         f"{path}: {one!r} is both in columns and the {argument}; a feature must not be either"
                     )
         apart = {*self.drop, self.label, self.id}
-        chosen = tuple(name for name in (names if self.columns is None else self.columns) if name not in apart)
+        offered = [name for name in names if name not in left_out] if self.columns is None else self.columns
+        chosen = tuple(name for name in offered if name not in apart)
         if not chosen:
             raise TableError(f"{path}: no feature columns are left of {', '.join(map(repr, names))}")
         if len(set(chosen)) < len(chosen):

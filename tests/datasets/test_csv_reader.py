@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rvae_fast.datasets import TableError, iter_table, read_table
-from rvae_fast.datasets import csv_reader as csv_module
+from rvae_fast.datasets import csv_layout as csv_module
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 
@@ -38,7 +38,23 @@ def test_csv_ids_labels_and_missing_values(tmp_path: Path) -> None:
     [
         ("1,2\n3,4\n", {}, ("x0", "x1"), [[1, 2], [3, 4]]),  # no names
         ("1,2\n3,4\n", {"header": True}, ("1", "2"), [[3, 4]]),
-        (",a\n0,5\n", {}, ("unnamed0", "a"), [[0, 5]]),  # an index that pandas wrote
+        (",a\n0,5\n", {}, ("a",), [[5]]),  # an index that pandas wrote
+        (",a\n0,5\n", {"columns": ["unnamed0", "a"]}, ("unnamed0", "a"), [[0, 5]]),  # asked for
+        ("\n0\n5\n", {}, ("x0",), [[0], [5]]),
+        ("0,1,2\n3,4,5\n", {}, ("0", "1", "2"), [[3, 4, 5]]),  # as pandas names columns without names
+        ("0,1\n3,4\n", {}, ("0", "1"), [[3, 4]]),
+        ("1,2,3\n3,4,5\n", {}, ("1", "2", "3"), [[3, 4, 5]]),
+        (",0,1\n0,3,4\n", {}, ("0", "1"), [[3, 4]]),
+        ("0,1,2\n3,4,5\n", {"header": False}, ("x0", "x1", "x2"), [[0, 1, 2], [3, 4, 5]]),
+        ("0,2,1\n3,4,5\n", {}, ("x0", "x1", "x2"), [[0, 2, 1], [3, 4, 5]]),
+        ("0.0,1.0\n3,4\n", {}, ("x0", "x1"), [[0, 1], [3, 4]]),
+        ("5,,7\n1,2,3\n", {}, ("x0", "x1", "x2"), [[5, np.nan, 7], [1, 2, 3]]),  # a missing value is no name
+        ("a,b,\n1,2,\n3,4, \n", {}, ("a", "b"), [[1, 2], [3, 4]]),  # a comma at the end of every line
+        ("a,b,,\n1,2,,\n", {}, ("a", "b"), [[1, 2]]),
+        ("1,2,\n3,4,\n", {}, ("x0", "x1"), [[1, 2], [3, 4]]),
+        ("a,b,\n1,2,3\n", {}, ("a", "b", "unnamed2"), [[1, 2, 3]]),
+        ("a, C;b, bar;c, l;d\n1;2;3;4\n", {}, ("a, C", "b, bar", "c, l", "d"), [[1, 2, 3, 4]]),
+        ("a;b;c\n1,5;2,5;3\n", {"decimal": ","}, ("a", "b", "c"), [[1.5, 2.5, 3]]),
         ("a;b\n1,5;2\n", {"decimal": ","}, ("a", "b"), [[1.5, 2]]),
         ("a|b\n1|2\n", {}, ("a", "b"), [[1, 2]]),
         ("a\n1\n2\n", {}, ("a",), [[1], [2]]),
@@ -108,6 +124,27 @@ def test_csv_errors(tmp_path: Path, content: str | bytes, arguments: dict, messa
         read_table(path, **arguments)
     with pytest.raises(ValueError, match=message):
         list(iter_table(path, 1, **arguments))
+
+
+def test_a_value_in_a_column_that_seemed_empty_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_module, "HEAD_BYTES", 256)
+    monkeypatch.setattr(csv_module, "BLOCK_BYTES", 1024)
+    path = write(tmp_path, "a,b,\n" + "1,2,\n" * 2000 + "1,2,3\n")
+    with pytest.raises(TableError, match=r"'unnamed2' has no name and no value at first, but '3' in data row 2001"):
+        read_table(path)
+    assert read_table(path, columns=["a", "unnamed2"]).X[-1].tolist() == [1, 3]
+    assert read_table(path, drop=["unnamed2"]).columns == ("a", "b")
+
+
+def test_the_delimiter_that_was_guessed_is_named_in_errors(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,b\n1,2\n3\n")
+    with pytest.raises(TableError, match=r"expected 2 \(separated by ','; delimiter= says another\)"):
+        read_table(path)
+    with pytest.raises(TableError, match=r"expected 2$"):
+        read_table(path, delimiter=",")
+    path = write(tmp_path, "a,b\n1:2;3,4\n5,6\n")
+    with pytest.raises(TableError, match=r"these are values \(separated by ','; delimiter= says another\)"):
+        read_table(path)
 
 
 def test_csv_bad_value_far_down_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

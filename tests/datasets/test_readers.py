@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rvae_fast.datasets import TableError, iter_table, read_table
-from rvae_fast.datasets import csv_reader as csv_module
+from rvae_fast.datasets import csv_layout as csv_module
 from rvae_fast.datasets.formats import encode_idx
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -117,6 +117,26 @@ def test_parquet_types(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"f": pa.array([], pa.float32())}), path)
     with pytest.raises(TableError, match="no rows"):
         read_table(path)
+
+
+def test_the_index_that_pandas_wrote_is_no_feature(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [1.0, 2, 3], "b": [4.0, 5, 6]})
+    path = tmp_path / "t.parquet"
+    for index, name in (([2, 0, 1], "__index_level_0__"), (pandas.Index([7, 8, 9], name="serial"), "serial")):
+        frame.set_axis(index, axis=0).to_parquet(path)
+        assert read_table(path).columns == ("a", "b")
+        read = read_table(path, columns=["a", name], id="b")
+        assert read.X[:, 1].tolist() == list(index)
+        read = read_table(path, id=name)
+        assert read.ids is not None
+        assert (read.columns, read.ids.tolist()) == (("a", "b"), list(index))
+        assert read_table(path, drop=[name, "a"]).columns == ("b",)
+    frame.to_parquet(path)  # a range is no column
+    assert read_table(path).columns == ("a", "b")
+    for foreign in (b"no json", b"[]", b"{}", b'{"index_columns": null}'):
+        parquet.write_table(pa.table({"a": [1.0]}).replace_schema_metadata({b"pandas": foreign}), path)
+        assert read_table(path).columns == ("a",)
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
