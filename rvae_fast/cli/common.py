@@ -27,6 +27,7 @@ __all__ = [
     "fail",
     "note",
     "print_json",
+    "refuse_report",
     "refuse_to_overwrite",
     "usage_error",
 ]
@@ -92,6 +93,19 @@ def refuse_to_overwrite(paths: Iterable[Path], force: bool) -> None:
             usage_error(f"{path} cannot be written: {parent} is not a directory")
         if not os.access(parent, os.W_OK):
             usage_error(f"{path} cannot be written: no permission to write in {parent}")
+
+
+def refuse_report(path: Path, force: bool) -> None:
+    """Stop, before any work, if a report cannot be drawn here or would replace a file: the page, a picture beside it.
+
+    Pictures beside an earlier report are that report's.
+    """
+    from rvae_fast.report.page import is_report, output_files, require_packages
+
+    require_packages()
+    page, pictures = output_files(path)
+    refuse_to_overwrite([page], force)
+    refuse_to_overwrite(pictures.values(), force or is_report(page))
 
 
 def _describe(error: BaseException) -> str:

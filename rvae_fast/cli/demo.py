@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rvae_fast.cli.common import DebugOption, ForceOption, JsonOption, command, note, print_json, usage_error
+from rvae_fast.cli.common import (
+    DebugOption,
+    ForceOption,
+    JsonOption,
+    command,
+    note,
+    print_json,
+    refuse_to_overwrite,
+    usage_error,
+)
 from rvae_fast.cli.score import QuietOption
 
 if TYPE_CHECKING:
@@ -19,6 +28,8 @@ __all__ = ["demo"]
 
 # Minutes on two cores, where the preset's own number would take an hour.
 _EPOCHS = {"mnist": 10, "fashion_mnist": 10, "emnist": 5, "covertype": 5, "kddcup99": 15, "shuttle": 15}
+
+MODEL = "model.safetensors"
 
 # The threshold flags this share of held-out normal rows.
 _FALSE_ALARMS = 0.05
@@ -48,14 +59,27 @@ def _throughput(detector: Any, X: Any) -> float:
     return rows / seconds
 
 
+def _fingerprint(model: Path) -> str:
+    """Return what a demo's page says of the model beside it: by this a later demo knows the file again."""
+    import hashlib
+
+    return "sha256 " + hashlib.sha256(model.read_bytes()).hexdigest()
+
+
 def _may_write(directory: Path, force: bool) -> None:
     """Stop unless the directory is new, empty, or an earlier demo's: only that may be replaced unasked."""
-    from rvae_fast.report.page import is_report
+    from rvae_fast.report.page import is_report, output_files
 
+    page, pictures = output_files(directory)
+    model = directory / MODEL
     if directory.exists() and not directory.is_dir():
         usage_error(f"{directory} is a file", "--out")
-    if not force and directory.exists() and any(directory.iterdir()) and not is_report(directory / "index.html"):
-        usage_error(f"{directory} holds other files; choose another directory, or --force", "--out")
+    if not force and directory.exists() and any(directory.iterdir()):
+        if not is_report(page) or "<title>Demo: " not in (text := page.read_text(encoding="utf-8")):
+            usage_error(f"{directory} holds other files; choose another directory, or --force", "--out")
+        if model.is_file() and _fingerprint(model) not in text:
+            usage_error(f"{model} is not of the demo beside it; choose another directory, or --force", "--out")
+    refuse_to_overwrite([page, model, *pictures.values()], force=True)  # a directory of such a name, no permission
 
 
 @command
@@ -83,7 +107,7 @@ def demo(
 
     Trains an RVAE as in the RaPP article's novelty experiment: one class is held back as the anomaly, 60 % of the
     other rows are trained on, 20 % set the threshold (it flags 5 % of them), 20 % are mixed with the anomalies for the
-    test. A second run replaces the first one's report.
+    test. A second run replaces the first one's report and model.
 
     **Examples**
 
@@ -140,7 +164,7 @@ def demo(
     speed = _throughput(detector, split.X_test)
 
     out.mkdir(parents=True, exist_ok=True)
-    save(detector, out / "model.safetensors")
+    save(detector, out / MODEL)
     page = write_report(
         out,
         scores=scores,
@@ -154,6 +178,7 @@ def demo(
         title=f"Demo: {dataset.name}, RVAE",
         description=f"{dataset.description}. Anomaly: any {anomaly}. The threshold flags 5 % of held-out normal rows.",
         facts={"Training": f"{seconds:.1f} s", "Scoring": rate(speed)},
+        configuration={**detector.get_params(deep=False), MODEL: _fingerprint(out / MODEL)},
     )
     if json_output:
         print_json(
@@ -165,7 +190,7 @@ def demo(
                 "train_seconds": round(seconds, 3),
                 "rows_per_second": round(speed, 1),
                 "report": str(page),
-                "model": str(out / "model.safetensors"),
+                "model": str(out / MODEL),
             }
         )
         return
@@ -175,4 +200,4 @@ def demo(
     screen.print(evaluation_table(evaluation, more))
     screen.print()
     screen.print(f"report  {page}", soft_wrap=True, markup=False)
-    screen.print(f"model   {out / 'model.safetensors'}", soft_wrap=True, markup=False)
+    screen.print(f"model   {out / MODEL}", soft_wrap=True, markup=False)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rvae_fast.cli.common import DebugOption, ForceOption, JsonOption, command, note, print_json, refuse_to_overwrite
+from rvae_fast.cli.common import (
+    DebugOption,
+    ForceOption,
+    JsonOption,
+    command,
+    note,
+    print_json,
+    refuse_report,
+    refuse_to_overwrite,
+)
 from rvae_fast.cli.csv_options import DecimalOption, DelimiterOption, EncodingOption, HeaderOption, csv_options
 from rvae_fast.cli.data_options import (
     AnomalyOption,
@@ -113,10 +122,7 @@ def evaluate(
         except ValueError as error:
             usage_error(str(error), "--out")
     if report is not None:
-        from rvae_fast.report.page import output_files, require_packages
-
-        require_packages()
-        outputs.append(output_files(report)[0])
+        refuse_report(report, force)
     refuse_to_overwrite(outputs, force)
 
     with contextlib.ExitStack() as stack:

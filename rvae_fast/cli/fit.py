@@ -17,6 +17,7 @@ from rvae_fast.cli.common import (
     command,
     note,
     print_json,
+    refuse_report,
     refuse_to_overwrite,
     usage_error,
 )
@@ -151,10 +152,7 @@ def fit(
     shape = parse_shape(image_shape)
     outputs = [out]
     if report is not None:
-        from rvae_fast.report.page import output_files, require_packages
-
-        require_packages()
-        outputs.append(output_files(report)[0])
+        refuse_report(report, force)
     if resume and checkpoint is None:
         usage_error("needs --checkpoint, the file to go on from", "--resume")
 

@@ -17,6 +17,7 @@ from rvae_fast.cli.common import (
     command,
     note,
     print_json,
+    refuse_report,
     refuse_to_overwrite,
     usage_error,
 )
@@ -134,10 +135,7 @@ def score(
             usage_error(str(error), "--out")
     outputs = [] if target is None else [target]
     if report is not None:
-        from rvae_fast.report.page import output_files, require_packages
-
-        require_packages()
-        outputs.append(output_files(report)[0])
+        refuse_report(report, force)
     refuse_to_overwrite(outputs, force)
 
     with contextlib.ExitStack() as stack:

@@ -141,6 +141,26 @@ def test_demo(run: Run, tmp_path: Path) -> None:
     assert "any image of class 0" in shown.stderr
 
 
+def test_demo_replaces_nothing_but_a_demo(run: Run, tmp_path: Path, model: Path, table: Path) -> None:
+    pytest.importorskip("jinja2")
+    demo, other = tmp_path / "demo", tmp_path / "other"
+    run("demo", "--epochs", 1, "--out", demo, "-q")
+    own = demo / "model.safetensors"
+    own.write_bytes(model.read_bytes())
+    assert "model.safetensors is not of the demo beside it" in run("demo", "--epochs", 1, "--out", demo, code=2).stderr
+    assert own.read_bytes() == model.read_bytes()
+    run("score", model, table, "--id", "serial", "--report", other, "-o", tmp_path / "s.csv", "-q")
+    (other / "model.safetensors").write_bytes(b"precious")
+    assert "holds other files" in run("demo", "--epochs", 1, "--out", other, code=2).stderr
+    assert (other / "model.safetensors").read_bytes() == b"precious"
+    run("demo", "--epochs", 1, "--out", demo, "--force", "-q")
+    run("demo", "--epochs", 1, "--out", demo, "-q")
+    own.unlink()
+    own.mkdir()
+    result = run("demo", "--epochs", 1, "--out", demo, "--force", code=2)
+    assert "is a directory, expected the name of a file" in result.stderr
+
+
 def test_demo_refuses(run: Run, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     assert "holds other files" in run("demo", "--out", tmp_path, "--epochs", 1, code=2).stderr

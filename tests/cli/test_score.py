@@ -205,6 +205,28 @@ def test_outputs_are_not_overwritten(model: Path, table: Path, tmp_path: Path, r
     assert {p.name for p in tmp_path.iterdir()} == {"s.csv", "bad.csv"}
 
 
+def test_the_pictures_of_a_report_replace_no_file_either(model: Path, table: Path, tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("jinja2")
+    quick = ("--label", "faulty", "--epochs", 1, "--widths", 8, "--blocks", 1, "-q")
+    for name, page, command in (
+        ("loss.png", ".", ("fit", table, "--id", "serial", *quick, "-o", tmp_path / "m")),
+        ("roc.png", ".", ("evaluate", model, table, "--label", "faulty")),
+        ("score-histogram.png", ".", ("score", model, table, "-o", tmp_path / "s.csv")),
+        ("page-roc.png", "page.html", ("evaluate", model, table, "--label", "faulty")),
+    ):
+        folder = tmp_path / command[0]
+        folder.mkdir(exist_ok=True)
+        own = folder / name
+        own.write_bytes(b"precious")
+        result = run(*command, "--report", folder / page, code=2)
+        assert f"{name} exists; --force overwrites it" in result.stderr
+        assert own.read_bytes() == b"precious"
+        run(*command, "--report", folder / page, "--force")
+        assert own.read_bytes() != b"precious"
+
+        assert ".html exists" in run(*command, "--report", folder / page, code=2).stderr
+
+
 def corrupt(path: Path, kind: str, tmp_path: Path) -> Path:
     data = path.read_bytes()
     changed = {
