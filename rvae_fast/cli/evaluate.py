@@ -135,7 +135,7 @@ def evaluate(
             usage_error("say which column holds the labels (built-in images: which class is --novel)", "--label")
         detector = load_detector(model, device)
         cut = detector.threshold_ if threshold is None else threshold
-        sink = None if out is None else stack.enter_context(ScoreSink(out))
+        sink = None if out is None else stack.enter_context(ScoreSink(out, id_type=source.id_type()))
         scored = run_scoring(
             detector, source, cut, chunk_rows=chunk_rows, sink=sink, keep_rows=report is not None, quiet=quiet
         )

@@ -150,7 +150,11 @@ def score(
         written = target is not None or not json_output
         if explain is not None and not written:
             usage_error("needs --out, the file to explain the rows in, beside --json", "--explain")
-        sink = stack.enter_context(ScoreSink(target, explained=explain is not None)) if written else None
+        sink = (
+            stack.enter_context(ScoreSink(target, explained=explain is not None, id_type=source.id_type()))
+            if written
+            else None
+        )
         scored = run_scoring(
             detector,
             source,

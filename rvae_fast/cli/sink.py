@@ -34,6 +34,15 @@ def check_output(path: Path) -> str:
     return kind
 
 
+def _in_words(ids: NDArray[Any]) -> NDArray[Any]:
+    """Write ids that are times as such, where a list would have the nanoseconds since 1970, and missing ones as ''."""
+    if ids.dtype.kind in "mM":
+        return np.where(np.isnat(ids), "", ids.astype(str))
+    if ids.dtype == object:
+        return np.array(["" if one is None else one for one in ids], dtype=object)
+    return ids
+
+
 class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
     """Write ``id``, ``score``, ``anomaly`` (0 or 1) for each row, in the order in which they come.
 
@@ -45,15 +54,20 @@ class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
         None writes CSV to standard output.
     explained : bool, default False
         Whether a further column, ``because``, holds a text for each row.
+    id_type : pyarrow.DataType, optional
+        Type of the ids in a Parquet file; by the first chunk where not given, which is right only where all chunks
+        have the same, as they do of any file but a Parquet file.
     """
 
-    def __init__(self, path: Path | None, *, explained: bool = False) -> None:
+    def __init__(self, path: Path | None, *, explained: bool = False, id_type: Any = None) -> None:
         self._path = path
+        self._id_type = id_type
         self._columns = (*COLUMNS, BECAUSE) if explained else COLUMNS
         self._stack = contextlib.ExitStack()
         self._csv: Any = None
         self._text: IO[str] | None = None
         self._parquet: Any = None
+        self._kind = "csv"
         self._kept: list[tuple[Any, ...]] = []
         self._temporary: Path | None = None
 
@@ -90,6 +104,8 @@ class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
         columns = [ids, scores, flags.astype(np.int64)]
         if because is not None:
             columns.append(np.array(because, dtype=object))
+        if self._kind != "parquet":
+            columns[0] = _in_words(ids)
         if self._csv is not None:
             # tolist gives Python floats, whose text is the shortest that reads back as the same value.
             self._csv.writerows(zip(*(column.tolist() for column in columns), strict=True))
@@ -105,7 +121,7 @@ class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
         except ImportError as error:
             raise ImportError("writing Parquet files needs pyarrow: pip install 'rvae-fast[data]'") from error
         arrays = [
-            pyarrow.array(c.tolist() if name in ("id", BECAUSE) else c)
+            pyarrow.array(c.tolist() if c.dtype.kind in "OUS" else c, type=self._id_type if name == "id" else None)
             for name, c in zip(self._columns, columns, strict=True)
         ]
         table = pyarrow.table(dict(zip(self._columns, arrays, strict=True)))

@@ -70,6 +70,15 @@ class Source:
             return None if self.path is None else table_naming(self.path, self.kind, CsvOptions(**written))
         return None
 
+    def id_type(self) -> Any:
+        """Return the Arrow type of the ids in a Parquet file; None for others."""
+        from rvae_fast.datasets.parquet_reader import id_type
+
+        name = self.options.get("id")
+        with contextlib.suppress(Exception):  # whatever is wrong, reading will say so properly
+            return id_type(self.path, name) if self.path is not None and name and self.kind == "parquet" else None
+        return None
+
     def read(self) -> Table:
         """Read all rows."""
         from rvae_fast.datasets import Table, read_table

@@ -19,7 +19,7 @@ BATCH_ROWS = 65_536  # at most
 def open_parquet(path: Path, selection: Selection) -> Opened:
     """Open a Parquet file; only the columns asked for are read, and a batch of rows at a time.
 
-    Integers, floats, decimals and booleans are numbers; a null is NaN.
+    Integers, floats, decimals and booleans are numbers; a null is NaN. Of ids a null is None, and integers stay exact.
 
     Raises
     ------
@@ -42,6 +42,11 @@ def open_parquet(path: Path, selection: Selection) -> Opened:
 def parquet_naming(path: Path) -> Naming:
     """Return what a file says of its columns."""
     return _naming(_open(path))
+
+
+def id_type(path: Path, name: str) -> Any:
+    """Return the Arrow type of a column of ids; KeyError if there is none of that name."""
+    return _value_type(_open(path).schema_arrow.field(name).type)
 
 
 def _open(path: Path) -> Any:
@@ -107,6 +112,7 @@ def _batches(
     target = pa.float32() if dtype is np.float32 else pa.float64()
     batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES // (8 * len(features))))
     apart = [name for name in (selection.label, selection.id) if name is not None]
+    objects = selection.id is not None and _integers_with_nulls(file, selection.id)
     start = 0
     try:
         for batch in file.iter_batches(batch_size=batch_rows, columns=[*features, *dict.fromkeys(apart)]):
@@ -125,13 +131,31 @@ def _batches(
                 raise TableError(f"{path}: label {selection.label!r} has no value in row {row}")
             if labels is not None and labels.dtype.kind not in "biuf":
                 labels = parse_labels(labels.astype(str))
-            yield Batch(X, _plain(batch, selection.id), labels)
+            yield Batch(X, _plain(batch, selection.id, objects), labels)
             start += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise TableError(f"{path}: cannot be read to its end; the file is damaged ({error})") from error
 
 
-def _plain(batch: Any, name: str | None) -> np.ndarray | None:
+def _integers_with_nulls(file: Any, name: str) -> bool:
+    """Return whether a column of integers or booleans may have nulls, anywhere in the file.
+
+    Floats, which stand in for them in NumPy, would round ids above 2**53; and a batch without nulls must not have
+    another type than one with them.
+    """
+    import pyarrow as pa
+
+    kind = _value_type(file.schema_arrow.field(name).type)
+    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        return False
+    place = file.schema_arrow.names.index(name)
+    if file.metadata.num_columns != len(file.schema_arrow.names):
+        return True  # nested columns are counted by their parts, so the place is not known
+    groups = (file.metadata.row_group(i).column(place) for i in range(file.metadata.num_row_groups))
+    return any(group.statistics is None or group.statistics.null_count != 0 for group in groups)
+
+
+def _plain(batch: Any, name: str | None, objects: bool = False) -> np.ndarray | None:
     import pyarrow as pa
 
     if name is None:
@@ -139,4 +163,6 @@ def _plain(batch: Any, name: str | None) -> np.ndarray | None:
     column = batch.column(name)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if objects:
+        return np.array(column.to_pylist(), dtype=object)
     return np.asarray(column.to_numpy(zero_copy_only=False))

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from datetime import datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +340,50 @@ def test_explanations(kind: str, model: Path, table: Path, expected: np.ndarray,
     first = int(falls.argmax())
     assert because[row].startswith(f"{COLUMNS[first]}={X[row, first]:.6g} (expected {guess[first]:.6g})")
     assert max(text.count("expected") for text in because) == 2
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint64", "bool", "decimal", "timestamp", "string", "float64", "category"])
+def test_ids_keep_their_value_and_type(kind: str, model: Path, tmp_path: Path, run: Run) -> None:
+    """Ids with nulls, none of them in the first chunk, or nothing else in it."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    big = 2**53 + 1  # no float64
+    ids, type_ = {
+        "int64": ([big + i for i in range(12)], pa.int64()),
+        "uint64": ([*range(6), *(2**63 + i for i in range(6))], pa.uint64()),
+        "bool": ([i % 2 == 0 for i in range(12)], pa.bool_()),
+        "decimal": ([Decimal(i**3) / 4 for i in range(12)], pa.decimal128(12, 2)),
+        "timestamp": ([datetime(2024, 1, 1 + i, tzinfo=timezone.utc) for i in range(12)], pa.timestamp("ns", "UTC")),
+        "string": ([f"r{i}" for i in range(12)], pa.string()),
+        "float64": ([i / 4 for i in range(12)], pa.float64()),
+        "category": ([f"r{i % 3}" for i in range(12)], pa.string()),
+    }[kind]
+    X, _ = make_rows(12, 2)
+    path, out = tmp_path / "t.parquet", tmp_path / "s.parquet"
+    for nulls in ((), (7,), (0, 1, 2, 3), range(12)):
+        some = pa.array([None if i in nulls else one for i, one in enumerate(ids)], type_)
+        given = some.dictionary_encode() if kind == "category" else some
+        parquet.write_table(pa.table(dict(zip(COLUMNS, X.T, strict=True)) | {"serial": given}), path, row_group_size=4)
+        arguments = ("score", model, path, "--id", "serial", "-q", "-f", "--chunk-rows", 4)
+        run(*arguments, "-o", out)
+        written = parquet.read_table(out)["id"]
+        assert written.type == type_
+        if kind == "float64":  # a null is NaN there
+            assert np.array_equal(written.to_numpy(), some.to_numpy(zero_copy_only=False), equal_nan=True)
+        else:
+            assert written.to_pylist() == some.to_pylist()
+        texts = [line.split(",")[0] for line in run(*arguments).stdout.splitlines()[1:]]
+        run(*arguments, "-o", tmp_path / "s.npz")
+        with np.load(tmp_path / "s.npz", allow_pickle=False) as file:
+            stored = file["id"].astype(str).tolist()
+        if kind != "float64":
+            assert [not text for text in texts] == [i in nulls for i in range(12)]
+        if kind == "int64":
+            assert texts == ["" if one is None else str(one) for one in some.to_pylist()]
+            assert stored == texts
+        if kind == "timestamp":
+            assert stored == texts
+            assert texts[5] in ("2024-01-06T00:00:00.000000000", "")
 
 
 def test_explanations_need_a_place_to_go(model: Path, table: Path, run: Run) -> None:

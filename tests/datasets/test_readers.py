@@ -119,6 +119,24 @@ def test_parquet_types(tmp_path: Path) -> None:
         read_table(path)
 
 
+def test_parquet_ids_are_exact_and_of_one_type(tmp_path: Path) -> None:
+    big = 2**53 + 1  # no float64
+    path = tmp_path / "t.parquet"
+    ids = [big + row for row in range(8)]
+    for columns, place in (({}, 5), ({"nested": [{"p": 1, "q": 2}] * 8}, 5), ({}, None)):
+        some = [None if row == place else one for row, one in enumerate(ids)]
+        table = pa.table({**columns, "serial": pa.array(some, pa.int64()), "a": np.arange(8.0)})
+        parquet.write_table(table, path, row_group_size=2)
+        chunks = list(iter_table(path, 2, id="serial", columns=["a"]))
+        read = [chunk.ids for chunk in chunks if chunk.ids is not None]
+        assert [one for part in read for one in part.tolist()] == some
+        assert len({part.dtype for part in read}) == 1
+        whole = read_table(path, id="serial", columns=["a"]).ids
+        assert whole is not None
+        assert whole.tolist() == some
+    assert whole.dtype == np.int64  # an array of numbers where there are no nulls
+
+
 def test_the_index_that_pandas_wrote_is_no_feature(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"a": [1.0, 2, 3], "b": [4.0, 5, 6]})
