@@ -54,7 +54,8 @@ PartOption = Annotated[
     typer.Option(
         "--part",
         help="Built-in data: all, train, validation or test. `fit` takes the normal training rows (60 %),"
-        " `calibrate` the validation rows, `score` and `evaluate` the test rows, unless this says otherwise.",
+        " `calibrate` the validation rows, `score` and `evaluate` the test rows, unless this says otherwise; `score` of"
+        " images without `--novel` all rows.",
     ),
 ]
 SplitSeedOption = Annotated[int, typer.Option("--split-seed", min=0, help="Built-in data: seed of that split.")]

@@ -144,7 +144,7 @@ def score(
         source = open_source(
             data, stack, label=label, id_column=id_column, key=key, novel=novel, part=part,
             csv=csv_options(delimiter, decimal, header, encoding),
-            default_part="test" if novel is not None or part is not None else "all", split_seed=split_seed,
+            split_seed=split_seed,
         )  # fmt: skip
         # With --json standard output belongs to the summary; rows are then written only where --out says.
         written = target is not None or not json_output

@@ -171,7 +171,8 @@ def open_source(
     csv : mapping, optional
         From :func:`rvae_fast.cli.csv_options.csv_options`.
     default_part : str
-        Part of a built-in data set to take where ``part`` is None.
+        Part of a built-in data set to take where ``part`` is None; all rows of images without ``novel``, which is what
+        splits them.
     """
     if part is not None and part not in PARTS:
         usage_error(f"{part!r} is not one of {', '.join(PARTS)}", "--part")

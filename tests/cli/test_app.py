@@ -122,6 +122,25 @@ def test_built_in_data_by_name(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     assert "--label" in run("evaluate", "m", "digits", "--label", "y", code=2).stderr
 
 
+def test_a_built_in_table_gives_its_test_rows(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``score`` took all rows, those of the training among them."""
+    from tests.cli.conftest import COLUMNS, make_rows
+
+    X, y = make_rows(100, 10)
+    toy = datasets.Dataset(X, y, COLUMNS, None, ("normal", "anomaly"), "wbc", "a stand-in", "made here", "none")
+    monkeypatch.setattr(datasets, "load", lambda name: toy)
+    monkeypatch.chdir(tmp_path)  # no file there is called wbc
+    split = datasets.anomaly_split(X, y, seed=0)
+    fitted = json.loads(run("fit", "wbc", "-o", "m", "--epochs", 1, "--widths", 8, "--blocks", 1, "--json").stdout)
+    assert fitted["rows"] == len(split.train_indices)
+    parts = {"test": split.test_indices, "validation": split.validation_indices, "all": range(100)}
+    for part, rows in parts.items():
+        given = () if part == "test" else ("--part", part)
+        lines = run("score", "m", "wbc", "-q", *given).stdout.splitlines()[1:]
+        assert [int(line.partition(",")[0]) for line in lines] == list(rows)
+    assert json.loads(run("evaluate", "m", "wbc", "--json").stdout)["rows"] == len(split.test_indices)
+
+
 def test_demo(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     out = tmp_path / "demo"
