@@ -42,6 +42,7 @@ def use_columns(source: Source, names: Sequence[str] | None) -> None:
     if naming is not None and naming.counted and not set(wanted) & set(naming.names):
         return  # 0, 1, 2, ... of a frame without names, for a model that has some
     source.options["columns"] = wanted
+    source.by_model = True
     source.options["drop"] = ()
 
 

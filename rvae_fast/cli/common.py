@@ -109,18 +109,22 @@ def refuse_report(path: Path, force: bool) -> None:
 
 
 def _describe(error: BaseException) -> str:
+    from rvae_fast.cli.words import in_options
+
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
         return "out of memory" + (f": {error}" if str(error) else "")
     text = str(error) or type(error).__name__
     if isinstance(error, _EXPECTED):
-        return text
+        return in_options(text)
     return f"{type(error).__name__}: {text} (probably a mistake in rvae-fast; --debug shows where)"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    note(f"warning: {message}")
+    from rvae_fast.cli.words import in_options
+
+    note(f"warning: {in_options(str(message))}")
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

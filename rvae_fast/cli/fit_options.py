@@ -100,7 +100,8 @@ PARAMETERS = (
         "views",
         "--views",
         str,
-        "For flattened images: the lowest score over small deformations counts. image if square, or the shape: 28x28.",
+        "For flattened images: the lowest score over small deformations counts. image if square, or the shape: 28x28, "
+        "or with the channels first, one after the other, 3x32x32 (--image-shape has them last).",
         MODEL,
         "image|HxW|CxHxW",
     ),

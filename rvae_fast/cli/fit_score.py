@@ -52,7 +52,8 @@ def fit_score(
         typer.Option(
             "--views",
             help="For flattened images: the lowest score over small deformations counts. image if square, or the "
-            "shape: 28x28; none for the image as it is [default: what the model has].",
+            "shape: 28x28, or with the channels first 3x32x32; none for the image as it is [default: what the model "
+            "has].",
             metavar="image|HxW|CxHxW|none",
         ),
     ] = None,

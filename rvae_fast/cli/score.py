@@ -61,7 +61,13 @@ ReportOption = Annotated[
     typer.Option("--report", help="Write a report here: a directory, or an .html file.", show_default=False),
 ]
 ShapeOption = Annotated[
-    str | None, typer.Option("--image-shape", help="Rows are images of this shape (28x28); the report shows them.")
+    str | None,
+    typer.Option(
+        "--image-shape",
+        help="Rows are images of this shape, which the report shows: 28x28, or with the channels last (each pixel's"
+        " together) 32x32x3; --views has them first.",
+        metavar="HxW|HxWxC",
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 

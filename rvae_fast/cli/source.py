@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class Source:
         Whether chunks carry labels.
     image_shape : tuple or None
         Of built-in images.
+    by_model : bool
+        Whether the columns to read are those of a model, not the user's.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Source:
     dataset: str | None = None
     image_shape: tuple[int, int] | None = None
     labelled: bool = False
+    by_model: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     arrays: tuple[np.ndarray, np.ndarray | None, np.ndarray, tuple[str, ...]] | None = None
 
@@ -122,13 +126,16 @@ class Source:
 
     @contextlib.contextmanager
     def _own_name(self) -> Iterator[None]:
-        """Put the name that the user gave into messages, in place of a temporary file's."""
+        """Put into messages the name that the user gave, not a temporary file's, and whose the columns' names are."""
         try:
             yield
         except ValueError as error:
-            if self.path is not None and str(self.path) != self.name and str(self.path) in str(error):
-                raise ValueError(str(error).replace(str(self.path), self.name)) from error
-            raise
+            told = str(error) if self.path is None else str(error).replace(str(self.path), self.name)
+            if self.by_model:
+                told = re.sub(r": columns ('.*?') is not a column", r": the model's column \1 is not in it", told)
+            if told == str(error):
+                raise
+            raise ValueError(told) from error
 
 
 def _spool_standard_input(stack: contextlib.ExitStack) -> Path:
@@ -241,12 +248,7 @@ def binary_labels(labels: Sequence[np.ndarray], anomaly_values: Sequence[str] | 
     parts = list(labels)
     if len({part.dtype.kind in "biuf" for part in parts}) > 1:
         parts = [part.astype(str) for part in parts]
-    try:
-        return anomaly_labels(np.concatenate(parts), list(anomaly_values) if anomaly_values else None)
-    except ValueError as error:
-        if anomaly_values:
-            raise
-        raise ValueError(f"{error}; on the command line: --anomaly-value VALUE") from error
+    return anomaly_labels(np.concatenate(parts), list(anomaly_values) if anomaly_values else None)
 
 
 def frame(X: np.ndarray, names: Sequence[str] | None) -> Any:
@@ -270,4 +272,6 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
         shape = ()
     if len(shape) not in (2, 3) or min(shape, default=0) < 1:
         usage_error(f"{text!r} is not of the form 28x28 or 32x32x3", "--image-shape")
+    if len(shape) == 3 and shape[2] not in (1, 3):
+        usage_error(f"{text!r} has {shape[2]} channels, expected 1 or 3, and them last: 32x32x3", "--image-shape")
     return shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -200,11 +201,13 @@ def anomaly_labels(labels: np.ndarray | Sequence[Any], anomaly: Any = None) -> n
     found = np.unique(values.astype(str) if values.dtype == object else values).tolist()
     if anomaly is not None:
         wanted = list(anomaly) if isinstance(anomaly, (list, tuple, set, np.ndarray)) else [anomaly]
-        texts = values.astype(str)
+        marked = np.zeros(values.shape, dtype=bool)
         for value in wanted:
-            if not np.any(texts == str(value)):
+            same = _equal(values, value)
+            if not same.any():
                 raise ValueError(f"anomaly: {value!r} is not among the labels; they are {found[:20]}")
-        return np.isin(texts, [str(value) for value in wanted]).astype(np.int64)
+            marked |= same
+        return marked.astype(np.int64)
     if values.dtype == bool or set(found) <= {0, 1}:
         return values.astype(np.int64)
     if set(found) <= {-1, 1}:
@@ -214,6 +217,15 @@ def anomaly_labels(labels: np.ndarray | Sequence[Any], anomaly: Any = None) -> n
     if all(str(value).lower() in meanings for value in found):
         return np.array([meanings[text] for text in texts], dtype=np.int64)
     raise ValueError(f"labels: cannot tell which of {found[:20]} mean anomaly; say so with anomaly=...")
+
+
+def _equal(values: np.ndarray, wanted: Any) -> np.ndarray:
+    """Return which labels are the wanted one; a number typed as a text is the same number, 2 the same as 2.0."""
+    same = values.astype(str) == str(wanted)
+    if values.dtype.kind in "iuf" and not same.any():  # else exact: as floats large whole numbers are the same
+        with contextlib.suppress(ValueError, TypeError):
+            same = values == float(wanted)
+    return same
 
 
 _ANOMALY_WORDS = ("anomaly", "anomalous", "outlier", "abnormal", "novel", "attack", "fraud", "true", "yes")

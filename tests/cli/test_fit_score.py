@@ -79,14 +79,14 @@ def test_views_of_images(tmp_path: Path, run: Callable[..., Any]) -> None:
     assert "views has the shape (8, 9), 72 values, where the rows have 64 columns" in result.stderr
     run("fit", "digits", "--novel", 0, *shape, "--scaler", "standard", "-o", model, "--force")
     result = run("fit-score", model, "digits", "--novel", 0, "--views", "image", "-o", out, "--force", code=1)
-    assert "views needs scaler=None, got scaler='standard'" in result.stderr
+    assert "--views needs --scaler none, got --scaler standard" in result.stderr
 
 
 def test_refusals(model: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     X, labels = make_rows(50, 0, seed=5)
     fresh, out = write_csv(tmp_path / "fresh.csv", X, labels), tmp_path / "o"
     result = run("fit-score", model, fresh, "--label", "faulty", "--score-by", "planes", "-o", out, code=1)
-    assert "anomaly_score must be one of" in result.stderr
+    assert "--score-by must be one of" in result.stderr
     result = run("fit-score", model, fresh, "--label", "faulty", "--contamination", 0.8, "-o", out, code=1)
     assert "contamination" in result.stderr
     assert "needs --label" in run("fit-score", model, fresh, "--anomaly-value", 1, "-o", out, code=2).stderr

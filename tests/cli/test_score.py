@@ -126,7 +126,7 @@ def test_a_csv_file_says_how_it_is_written(tmp_path: Path, run: Run) -> None:
     # Without them the names are a row of numbers, or the numbers are texts.
     said = run("score", out, path, "-q", code=1).stderr
     assert "columns that are not numeric: '2021'" in said
-    assert "with decimal=',' some would be" in said
+    assert "with --decimal , some would be" in said
     bare = tmp_path / "bare.csv"
     np.savetxt(bare, X, delimiter=",")
     by_place = parse(run("score", out, bare, "--no-header", "-q").stdout)[1]
@@ -155,7 +155,7 @@ def test_standard_input(model: Path, table: Path, expected: np.ndarray, run: Run
     assert scores.tolist() == expected.tolist()
     assert result.stderr == ""
     result = run("score", model, "-", stdin="temp,flow\n1,2\n", code=1)
-    assert "standard input: columns 'pressure' is not a column" in result.stderr
+    assert "standard input: the model's column 'pressure' is not in it" in result.stderr
 
 
 def test_threshold_and_fail_on_anomaly(model: Path, table: Path, expected: np.ndarray, run: Run) -> None:
@@ -259,7 +259,7 @@ def test_other_wrong_input(model: Path, table: Path, tmp_path: Path, run: Run) -
     assert "3 features" in run("score", model, narrow, code=1).stderr
     missing = tmp_path / "missing.csv"
     missing.write_text("temp,flow,load\n1,2,3\n")
-    assert "'pressure' is not a column" in run("score", model, missing, code=1).stderr
+    assert "missing.csv: the model's column 'pressure' is not in it" in run("score", model, missing, code=1).stderr
     holes = write_csv(tmp_path / "holes.csv", np.where(X[2, 1] == X, np.nan, X))
     error = run("score", model, holes, code=1).stderr
     assert "holes.csv contains 1 NaN" in error

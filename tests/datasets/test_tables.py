@@ -39,6 +39,11 @@ def test_labels_whose_meaning_is_given() -> None:
     assert anomaly_labels([3, 4, 5], anomaly=[3, 5]).tolist() == [1, 0, 1]
     assert anomaly_labels([3, 4, 5], anomaly="4").tolist() == [0, 1, 0]  # as typed on a command line
     assert anomaly_labels([0, 1], anomaly=0).tolist() == [1, 0]
+    assert anomaly_labels([0.0, 2.0, np.nan], anomaly="2").tolist() == [0, 1, 0]
+    assert anomaly_labels([0, 2], anomaly=["2.0", 0.0]).tolist() == [1, 1]
+    assert anomaly_labels([2**53, 2**53 + 1], anomaly=str(2**53 + 1)).tolist() == [0, 1]
+    assert anomaly_labels(["2.0", "2"], anomaly="2").tolist() == [0, 1]  # texts are texts
+    assert anomaly_labels([True, False], anomaly="False").tolist() == [0, 1]
     with pytest.raises(ValueError, match=r"anomaly: 'q' is not among the labels; they are \['x', 'y'\]"):
         anomaly_labels(["x", "y"], anomaly="q")
 
