@@ -25,6 +25,10 @@ _PHRASES = (
     (r": columns names a column twice", ": --columns names a column twice"),
     (r"is both in columns and the (label|id)", r"is both in --columns and --\1"),
     (r"but widths (?=\d)", "but --widths "),
+    (
+        r"^n_layers and widths both say (.*): leave one of them None, got .*",
+        r"--layers and --widths both say \1: give one",
+    ),
 )
 
 

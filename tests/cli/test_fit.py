@@ -270,7 +270,7 @@ def test_checkpoint_and_resume(table: Path, tmp_path: Path, run: Callable[..., A
         (("--label", "fauly"), 1, "did you mean 'faulty'"),
         (("--columns", "temp,flaw"), 1, "'flaw' is not a column (did you mean 'flow'?)"),
         (("--device", "abacus"), 1, "abacus"),
-        (("--widths", "8,4", "--layers", "6"), 1, "n_layers and widths both say how deep the network is"),
+        (("--widths", "8,4", "--layers", "6"), 1, "--layers and --widths both say how deep the network is: give one"),
     ],
 )
 def test_wrong_options(
