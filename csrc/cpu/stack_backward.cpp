@@ -110,10 +110,9 @@ class BackwardPass {
     const BackwardEpilogue after = further ? plan_->before_layer(layer) : BackwardEpilogue{};
     part_.for_chunks([&](int64_t chunk) {
       if (pending >= 0) finish_weight(pending, chunk);
-      float* const bias_sum = want_bias ? sums_.cleared_bias(chunk) : nullptr;
       const RowsOut dy{of_chunk<char>(dys_, operand_bytes_, chunk), s_.compute};
       for (int64_t t = part_.first_tile(chunk); t < part_.first_tile(chunk + 1); ++t) {
-        gradient_tile(before, t, dy, bias_sum);
+        gradient_tile(before, t, dy, want_bias ? sums_.cleared_bias(t) : nullptr);
         if (want_weight) {
           source_tile(again, t, weight_gradient_->operand(layer, chunk, t));
           weight_gradient_->add(layer, chunk, t, static_cast<const char*>(dy.data));

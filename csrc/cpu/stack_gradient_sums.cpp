@@ -5,11 +5,10 @@
 namespace rvae::cpu::stack {
 
 GradientSums::GradientSums(const Shape& shape, const Partition& partition, Scratch& scratch)
-    : rows_(shape.rows), tiles_(partition.tiles), chunks_(partition.chunks), padded_(shape.padded()), scratch_(scratch),
-      k_(kernels()) {
+    : rows_(shape.rows), tiles_(partition.tiles), padded_(shape.padded()), scratch_(scratch), k_(kernels()) {
   dz_ = scratch.add(tiles_ * padded_ * 4);
   dz_xhat_ = scratch.add(tiles_ * padded_ * 4);
-  bias_ = scratch.add(chunks_ * padded_ * 4);
+  bias_ = scratch.add(tiles_ * padded_ * 4);
   coefficients_ = scratch.add(3 * padded_ * 4);
   totals_ = scratch.add(2 * padded_ * 8);
 }
@@ -18,8 +17,8 @@ void GradientSums::clear() const {
   std::memset(scratch_.get<char>(coefficients_), 0, static_cast<size_t>(3 * padded_) * 4);
 }
 
-float* GradientSums::cleared_bias(int64_t chunk) const {
-  float* const sum = scratch_.get<float>(bias_) + chunk * padded_;
+float* GradientSums::cleared_bias(int64_t tile) const {
+  float* const sum = scratch_.get<float>(bias_) + tile * padded_;
   std::memset(sum, 0, static_cast<size_t>(padded_) * 4);
   return sum;
 }
@@ -50,7 +49,7 @@ void GradientSums::finish_norm(int64_t width, const float* rstd, const float* ga
 
 void GradientSums::finish_bias(int64_t width, float* gradient) const {
   double* const sum = scratch_.get<double>(totals_);
-  k_.sum_tiles(scratch_.get<float>(bias_), chunks_, padded_, width, sum);
+  k_.sum_tiles(scratch_.get<float>(bias_), tiles_, padded_, width, sum);
   for (int64_t c = 0; c < width; ++c) gradient[c] = static_cast<float>(sum[c]);
 }
 

@@ -15,8 +15,9 @@ class GradientSums {
   // Where a tile's column sums of dz, and of dz * xhat, are to be written.
   float* dz(int64_t tile) const { return scratch_.get<float>(dz_) + tile * padded_; }
   float* dz_xhat(int64_t tile) const { return scratch_.get<float>(dz_xhat_) + tile * padded_; }
-  // Where a chunk's tiles add up their column sums of dy; all zero.
-  float* cleared_bias(int64_t chunk) const;
+  // Where a tile's column sums of dy are to be added up; all zero. A strip a tile, as above: one that all rows of a thread
+  // were added to would lose a digit to a hundred thousand of them.
+  float* cleared_bias(int64_t tile) const;
 
   // Once all tiles are done, for a BatchNorm of `width` columns: the gradients of its parameters, where not nullptr, and
   // the coefficients below. Without `batch_statistics` the statistics do not depend on the rows.
@@ -29,7 +30,7 @@ class GradientSums {
   const float* coefficients(int64_t i) const { return scratch_.get<float>(coefficients_) + i * padded_; }
 
  private:
-  const int64_t rows_, tiles_, chunks_, padded_;
+  const int64_t rows_, tiles_, padded_;
   const Scratch& scratch_;
   const Kernels& k_;
   int64_t dz_, dz_xhat_, bias_, coefficients_, totals_;
