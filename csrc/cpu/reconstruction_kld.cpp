@@ -26,9 +26,9 @@ constexpr int64_t kElementsPerTask = 32768;
 // The forward takes the error and the KL divergence of this many rows in turn: while one computes exponentials, the other's
 // reads are under way.
 constexpr int64_t kRowsTogether = 4;
-// The gradient of the weights is summed in this many chunks of rows at most, whatever the number of threads, so that its
-// bits do not depend on that number.
-constexpr int64_t kWeightChunks = 64;
+// The gradient of the weights is summed over this many rows in the accumulation dtype, and over those sums in double: longer
+// chains of fp32 additions lose more digits than PyTorch's sums do. The bits do not depend on the number of threads.
+constexpr int64_t kRowsOfSum = 64;
 // Gradients larger than this are written past the cache: whoever reads them next would not find them there in any case,
 // and a cached store reads the line before it writes it.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
@@ -208,19 +208,29 @@ Column column(const char* name, const OptionalTensor& grad, const Inputs& in, Te
   return {keep.const_data_ptr(), keep.stride(0)};
 }
 
-// Sums the weights' gradient over chunks of rows in a fixed order.
+// out[f] = the sum over `count` rows of values [count, features].
+template <class S>
+void sum_in_double(const void* values, int64_t count, int64_t features, double* out) {
+  at::parallel_for(0, features, std::max<int64_t>(1, kElementsPerTask / count), [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < count; ++i) {
+      const S* row = static_cast<const S*>(values) + i * features;
+      for (int64_t f = begin; f < end; ++f) out[f] += static_cast<double>(row[f]);
+    }
+  });
+}
+
 Tensor run_with_weight_gradient(const Inputs& in, const ErrorBackward& args, ErrorBackwardFn fn) {
-  const int64_t step = std::max<int64_t>(32, (in.batch + kWeightChunks - 1) / kWeightChunks);
-  const int64_t chunks = (in.batch + step - 1) / step;
-  Tensor partials = at::zeros({chunks, in.features}, in.results());
+  const int64_t pieces = at::divup(in.batch, kRowsOfSum);
+  Tensor partials = at::zeros({pieces, in.features}, in.results());
   char* base = static_cast<char*>(partials.mutable_data_ptr());
   const int64_t row_bytes = in.features * static_cast<int64_t>(partials.element_size());
-  at::parallel_for(0, chunks, std::max<int64_t>(1, rows_per_task(in.features) / step), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) fn(args, c * step, std::min(in.batch, (c + 1) * step), base + c * row_bytes);
+  at::parallel_for(0, pieces, std::max<int64_t>(1, rows_per_task(in.features) / kRowsOfSum), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) fn(args, p * kRowsOfSum, std::min(in.batch, (p + 1) * kRowsOfSum), base + p * row_bytes);
   });
-  Tensor total = at::zeros({in.features}, in.results());
-  for (int64_t c = 0; c < chunks; ++c) total.add_(partials.select(0, c));
-  return total;
+  Tensor total = at::zeros({in.features}, in.results().dtype(at::kDouble));
+  const auto sum = in.accumulate == at::kDouble ? sum_in_double<double> : sum_in_double<float>;
+  if (pieces > 0) sum(base, pieces, in.features, total.mutable_data_ptr<double>());
+  return total.to(in.accumulate);
 }
 
 std::vector<Tensor> backward(

@@ -14,6 +14,7 @@ from rvae_fast import ResidualStack, _backend
 from rvae_fast._activations import Activation
 from rvae_fast.nn import PlainStack, Transition
 from rvae_fast.ops import residual_stack as residual
+from rvae_fast.ops.reconstruction_kld import reconstruction_kld
 
 pytestmark = pytest.mark.usefixtures("native")
 needs_bf16 = pytest.mark.skipif(not residual.HAS_BF16_PRODUCTS, reason="this CPU has no bf16 products")
@@ -70,3 +71,15 @@ def test_gradient_of_a_bias_over_many_rows_in_bf16() -> None:
     assert layer.bias.grad is not None
     exact = gradient.double().sum(0)
     assert_within_bound(layer.bias.grad, exact.float(), exact, "bias")
+
+
+def test_gradient_of_the_feature_weights_over_many_rows() -> None:
+    """Of equal terms, whose roundings all go one way."""
+    x, x_hat, weight = torch.zeros(200_000, 3), torch.full((200_000, 3), 0.3), torch.ones(3)
+    found = []
+    for backend, dtype in (("native", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        with _backend.backend(backend):
+            error, _ = reconstruction_kld(x.to(dtype), x_hat.to(dtype), feature_weight=leaf)
+        found.append(torch.autograd.grad(error.sum(), leaf)[0])
+    assert_within_bound(*found, "feature weight")
