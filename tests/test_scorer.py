@@ -171,6 +171,31 @@ print(torch.ops.rvae_fast.cpu_kernel_isa())
         assert done.stdout.strip() == "portable"
 
 
+@pytest.mark.parametrize("settings", [{}, {"ONEDNN_MAX_CPU_ISA": "SSE41"}], ids=["own", "SSE41"])
+def test_wide_products_of_one_sign(settings: dict[str, str]) -> None:
+    """Long sums within twice PyTorch's error, plus 1e-6, of PyTorch's products and of ours where these are not the same
+    for every number of rows."""
+    program = """
+import torch
+from rvae_fast import AE, freeze
+torch.manual_seed(0)
+model, x = AE(4096, 24, n_layers=1).eval(), torch.rand(50, 4096)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.abs_()
+    eager, exact = model(x).z, model.double()(x.double()).z
+scorer = freeze(model.float(), "fp32")
+latent = scorer.detailed(x, latent=True).latent
+ours, theirs = (float((z - exact).abs().max() / exact.max()) for z in (latent, eager))
+assert ours <= 2 * theirs + 1e-6, (ours, theirs)
+assert all(torch.equal(scorer.detailed(x[:n], latent=True).latent, latent[:n]) for n in (1, 2, 3, 5, 13))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_scores_after_its_parent_did() -> None:
     """OpenMP's threads do not survive a fork: in PyTorch's own parallel regions such a child hangs."""

@@ -12,16 +12,18 @@ namespace {
 // what they are where there are no micro-kernels, has other ways for a handful of rows.
 bool rows_are_independent() {
   static const bool independent = [] {
-    constexpr int64_t rows = 96, k = 203;
-    std::vector<float> a(rows * k), b(k * kPanel), all(rows * kPanel), few(rows * kPanel);
+    constexpr int64_t rows = 96, longest = kLongestChain + 91;  // in one block, and in two
+    std::vector<float> a(rows * longest), b(longest * kPanel), all(rows * kPanel), few(rows * kPanel);
     uint32_t state = 1;
     const auto random = [&state] { return static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.0f; };
     for (float& value : a) value = random();
     for (float& value : b) value = random();
-    multiply(Kind::f32, rows, k, a.data(), k, b.data(), kPanel, all.data(), kPanel, false);
-    for (const int64_t n : {1, 2, 3, 4, 8, 12, 40}) {
-      multiply(Kind::f32, n, k, a.data(), k, b.data(), kPanel, few.data(), kPanel, false);
-      if (std::memcmp(few.data(), all.data(), n * kPanel * sizeof(float)) != 0) return false;
+    for (const int64_t k : {int64_t{203}, longest}) {
+      multiply(Kind::f32, rows, k, a.data(), k, b.data(), kPanel, all.data(), kPanel, false);
+      for (const int64_t n : {1, 2, 3, 4, 8, 12, 40}) {
+        multiply(Kind::f32, n, k, a.data(), k, b.data(), kPanel, few.data(), kPanel, false);
+        if (std::memcmp(few.data(), all.data(), n * kPanel * sizeof(float)) != 0) return false;
+      }
     }
     return true;
   }();
@@ -56,8 +58,10 @@ at::Tensor fp32_rows(const at::Tensor& x) {
 
 void score_product(Kind kind, int64_t rows, int64_t reduced, const void* operand, int64_t ld, const uint32_t* panel, float* strip) {
   if (kind == Kind::f32 && !rows_are_independent()) {
-    return kernels().score_product(rows, reduced, static_cast<const float*>(operand), ld, reinterpret_cast<const float*>(panel),
-                                   strip);
+    return for_blocks(reduced, [&](int64_t first, int64_t count) {
+      kernels().score_product(rows, count, static_cast<const float*>(operand) + first, ld,
+                              reinterpret_cast<const float*>(panel) + first * kPanel, strip, /*add=*/first > 0);
+    });
   }
   multiply(kind, rows <= 4 ? rows : padded_rows(rows), reduced, operand, ld, panel, kPanel, strip, kPanel, /*add=*/false);
 }

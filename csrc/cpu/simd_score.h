@@ -13,7 +13,7 @@ using rvae::cpu::stack::ScoreError;
 using rvae::cpu::stack::ScoreStep;
 
 template <int R>
-void score_product_rows(int64_t reduced, const float* a, int64_t ld, const float* b, float* c) {
+void score_product_rows(int64_t reduced, const float* a, int64_t ld, const float* b, float* c, bool add) {
   constexpr int vectors = kPanel / kLanes;
   vf sum[R][vectors] = {};
   for (int64_t k = 0; k < reduced; ++k) {
@@ -23,16 +23,18 @@ void score_product_rows(int64_t reduced, const float* a, int64_t ld, const float
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < vectors; ++v) store(c + r * kPanel + v * kLanes, sum[r][v], Full{});
+    for (int v = 0; v < vectors; ++v) {
+      float* const to = c + r * kPanel + v * kLanes;
+      store(to, add ? load(to, Full{}) + sum[r][v] : sum[r][v], Full{});
+    }
   }
 }
 
-// c[rows, 32] = a[rows, reduced] * b[reduced, 32], a row's terms added from first to last whatever the number of rows.
-void score_product(int64_t rows, int64_t reduced, const float* a, int64_t ld, const float* b, float* c) {
+void score_product(int64_t rows, int64_t reduced, const float* a, int64_t ld, const float* b, float* c, bool add) {
   constexpr int at_once = kLanes == 16 ? 12 : kLanes == 8 ? 3 : 2;  // what the registers hold
   int64_t r = 0;
-  for (; r + at_once <= rows; r += at_once) score_product_rows<at_once>(reduced, a + r * ld, ld, b, c + r * kPanel);
-  for (; r < rows; ++r) score_product_rows<1>(reduced, a + r * ld, ld, b, c + r * kPanel);
+  for (; r + at_once <= rows; r += at_once) score_product_rows<at_once>(reduced, a + r * ld, ld, b, c + r * kPanel, add);
+  for (; r < rows; ++r) score_product_rows<1>(reduced, a + r * ld, ld, b, c + r * kPanel, add);
 }
 
 template <Activation A, class Operand>

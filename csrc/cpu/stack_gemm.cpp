@@ -61,8 +61,11 @@ bool has_bf16_products() {
 void multiply(Kind kind, int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc,
               bool add) {
   if (kind == Kind::bf16) return multiply_bf16(m, k, a, lda, b, ldb, c, ldc, add);
-  at::native::cpublas::brgemm(m, kPanel, k, lda, ldb, ldc, add, static_cast<const float*>(a), static_cast<const float*>(b),
-                              c, /*is_vnni=*/false);
+  // With `add` the micro-kernels start from zero all the same, and add c at the end.
+  for_blocks(k, [&](int64_t first, int64_t count) {
+    at::native::cpublas::brgemm(m, kPanel, count, lda, ldb, ldc, add || first > 0, static_cast<const float*>(a) + first,
+                                static_cast<const float*>(b) + first * ldb, c, /*is_vnni=*/false);
+  });
 }
 
 void release_products(Kind kind) {

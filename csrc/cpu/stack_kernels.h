@@ -146,7 +146,8 @@ struct Kernels {
   void (*sum_tiles)(const float* values, int64_t tiles, int64_t stride, int64_t columns, double* out);
   void (*score_step)(const ScoreStep&);
   void (*score_error)(const ScoreError&);
-  void (*score_product)(int64_t rows, int64_t reduced, const float* a, int64_t ld, const float* b, float* c);
+  // c[rows, 32] = or += a[rows, reduced] * b[reduced, 32], a row's terms added from first to last whatever the number of rows.
+  void (*score_product)(int64_t rows, int64_t reduced, const float* a, int64_t ld, const float* b, float* c, bool add);
 };
 
 const Kernels* portable_kernels();

@@ -61,6 +61,25 @@ def test_gradients_of_the_parameters_over_many_rows(kind: str) -> None:
     check(make(kind, (8, 8, 8)), torch.rand(100_000, 8), torch.rand(100_000, 8), ("weight", "bias"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "widths", "rows"),
+    [("pre", (2048, 2048), 64), ("post", (2048, 2048), 64),
+     ("plain", (2048, 48, 2048), 3500)],
+    ids=str,
+)  # fmt: skip
+def test_products_of_wide_layers(kind: str, widths: tuple[int, ...], rows: int) -> None:
+    """Forward and backward; and the gradient of the weights, whose product is of as many terms as there are rows."""
+    torch.manual_seed(0)
+    stack = make(kind, widths)
+    with torch.no_grad():
+        for module in stack.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.abs_()
+            elif isinstance(module, nn.BatchNorm1d):
+                module.bias.fill_(1.0)
+    check(stack, torch.randn(rows, widths[0]), torch.rand(rows, widths[-1]), ("out", "x", "weight"))
+
+
 @needs_bf16
 def test_gradient_of_a_bias_over_many_rows_in_bf16() -> None:
     """A transition, which is the kernels' under autocast: the gradient that comes in is bf16, its sum is not."""
