@@ -129,8 +129,8 @@ def places(model: Autoencoder) -> list[int]:
     of the last two hidden layers (of the only one, if it has no more; of one without any, the code).
     """
     if not model.is_residual:
-        layers = sum(isinstance(module, torch.nn.Linear) for module in model.encoder)
-        return list(range(max(0, layers - 3), max(1, layers - 1)))
+        count = len(taps(model, "branches"))
+        return list(range(max(0, count - 3), max(1, count - 1)))
     found: list[int] = []
     at = 0
     for module in model.encoder:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from rvae_fast import _native
-from rvae_fast._activations import ACTIVATIONS, Activation
+from rvae_fast._activations import ACTIVATIONS
+from rvae_fast._covered import covers
 from rvae_fast._program import steps_of, write
 from rvae_fast._taps import COVERED, ends, taps
 from rvae_fast._validation import check_choice
-from rvae_fast.models import MODELS, Autoencoder
-from rvae_fast.nn import ResidualBlock, ResidualStack, Transition
+from rvae_fast.models import Autoencoder
 from rvae_fast.ops.residual_stack import HAS_BF16_PRODUCTS
 from rvae_fast.pathway import PATHWAYS, differences, reconstruct
 
@@ -88,8 +88,8 @@ class Scorer:
     pathways : tuple of str
         Those of :data:`rvae_fast.pathway.PATHWAYS` that :meth:`pathway` goes.
     backend : {"native", "reference"}
-        ``"reference"`` where the native kernels do not cover the model (no native module, fp64 parameters): a copy of
-        the model then scores in plain PyTorch.
+        ``"reference"`` where the native kernels do not cover the model (no native module, fp64 parameters, modules of
+        other kinds or in another order than the models are built of): a copy of the model then scores in plain PyTorch.
 
     Notes
     -----
@@ -104,7 +104,7 @@ class Scorer:
         self._likelihood = model.likelihood
         self._ends = ends(model)
         self._model: Autoencoder | None = None
-        if not _covers(model):
+        if not (_HAS_KERNELS and covers(model)):
             self.backend, self.pathways = "reference", tuple(PATHWAYS)
             self._model = copy.deepcopy(model).eval().requires_grad_(False)
             return
@@ -309,40 +309,8 @@ def freezable(model: nn.Module, precision: str = "auto") -> bool:
     """Whether :func:`freeze` gives a native scorer of this model, rather than a copy that runs in plain PyTorch."""
     return (
         isinstance(model, Autoencoder)
-        and _covers(model)
+        and _HAS_KERNELS
+        and covers(model)
         and (precision != "bf16" or HAS_BF16_PRODUCTS)
         and not any(isinstance(m, nn.BatchNorm1d) and m.running_mean is None for m in model.modules())
     )
-
-
-def _covers(model: Autoencoder) -> bool:
-    """Whether the kernels run this model: one of the package's own, all of it fp32 (a copy goes to the CPU), of modules
-    that they know with the options that the model was made with, and no hook waiting for one of them to be called."""
-    if not _HAS_KERNELS or type(model) not in MODELS.values():
-        return False
-    if any(t.dtype != torch.float32 for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()):
-        return False
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        return False
-    config = model.config()
-    same = {name: config[name] for name in ("activation", "negative_slope")}
-    for module in (*model.encoder, *model.decoder):
-        if type(module) is ResidualStack:
-            for block in module:
-                if type(block) is not ResidualBlock or block.order != config["order"] or not _has(block, same):
-                    return False
-                if not all(type(m) in _LAYERS for m in (*block.norms, *block.linears)):
-                    return False
-        elif type(module) is Activation:
-            if not _has(module, same):
-                return False
-        elif type(module) not in _LAYERS:
-            return False
-    return True
-
-
-_LAYERS = (nn.Linear, Transition, nn.BatchNorm1d)
-
-
-def _has(module: nn.Module, options: dict[str, Any]) -> bool:
-    return all(getattr(module, name) == value for name, value in options.items())
