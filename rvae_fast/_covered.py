@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rvae_fast._activations import Activation
-from rvae_fast.models import MODELS, Autoencoder
+from rvae_fast.models import LIKELIHOODS, MODELS, Autoencoder
 from rvae_fast.nn import PlainStack, ResidualBlock, ResidualStack, Transition
 
 #: Methods that say what a model's scores are; one that an object has for itself is somebody's own.
@@ -33,6 +33,8 @@ def covers(model: Autoencoder) -> bool:
     replaced on the object.
     """
     if type(model) not in MODELS.values() or any(name in model.__dict__ for name in METHODS):
+        return False
+    if model.likelihood not in LIKELIHOODS:  # set since, and the model's to refuse
         return False
     if any(t.dtype != torch.float32 for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()):
         return False

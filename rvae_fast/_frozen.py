@@ -2,14 +2,16 @@
 
 They are kept here and not on the model or the detector, so that pickles, copies and clones know nothing of them, and
 they go when the model goes. What they were made of is compared before every use: the modules, hooks, parameters and
-buffers by identity, and of each tensor the version that autograd counts and the place in memory. Training,
-``load_state_dict``, ``.to(...)`` and replaced modules or parameters are all noticed. A write past autograd's counter,
-into ``parameter.data`` or a NumPy view, is noticed only where it touches the entries that are sampled.
+buffers by identity, of each tensor the version that autograd counts and the place in memory, and the options that are
+plain attributes of the model and its modules. Training, ``load_state_dict``, ``.to(...)``, replaced modules, parameters
+or methods and changed options are all noticed. A write past autograd's counter, into ``parameter.data`` or a NumPy
+view, is noticed only where it touches the entries that are sampled.
 """
 
 from __future__ import annotations
 
 import operator
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +25,9 @@ from rvae_fast.scorer import IMPLEMENTED, Scorer, freezable, freeze
 
 _state = torch.ops.rvae_fast.score_state.default
 
+#: Attributes, of a model or of modules in it, that say what is computed with the tensors.
+_OPTIONS = ("eps", "activation", "negative_slope", "order", "layers", "likelihood", "latent_features")
+
 
 class _Ingredients:
     """What a model's scores are made of, as it was at one moment; it holds the tensors, so that no other can take
@@ -34,16 +39,28 @@ class _Ingredients:
             places += [module._modules, module._parameters, module._buffers]
             places += [module._forward_hooks, module._forward_pre_hooks]
         self._empty = [place for place in places if not place]
-        self._filled = [place for place in places if place]
+        self._filled = [place.values() for place in places if place]  # views: they follow what becomes of the places
         self._held = self._found()
         self._tensors = [value for value in self._held if isinstance(value, Tensor)]
         self._mark = _state(self._tensors)
+        self._attributes = [module.__dict__ for module in model.modules()]
+        self._numbers = list(map(len, self._attributes))
+        owners: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for own in self._attributes:
+            owners.setdefault(tuple(name for name in _OPTIONS if name in own), []).append(own)
+        self._readers = [(operator.itemgetter(*names), found) for names, found in owners.items() if names]
+        self._options = self._read()
 
     def _found(self) -> list[Any]:
-        return [value for place in self._filled for value in place.values()]
+        return list(chain.from_iterable(self._filled))
+
+    def _read(self) -> list[list[Any]]:
+        return [list(map(reader, owners)) for reader, owners in self._readers]
 
     def unchanged(self) -> bool:
-        if any(self._empty):
+        """Whether the model is as it was; looked at before every use, so it is lookups and comparisons in C alone."""
+        # A method replaced on a module is an attribute more.
+        if any(self._empty) or list(map(len, self._attributes)) != self._numbers or self._read() != self._options:
             return False
         found = self._found()
         same = len(found) == len(self._held) and all(map(operator.is_, found, self._held))

@@ -158,3 +158,12 @@ def test_a_replaced_forward_is_not_frozen_over(where: str) -> None:
     assert freeze(model).backend == "reference"
     del model.loss_terms
     assert freeze(model).backend == "native"
+
+
+@needs_native
+def test_a_likelihood_that_there_is_not_is_the_models_error() -> None:
+    model = residual()
+    score_rows(model, torch.randn(4, 12))
+    model.likelihood = "poisson"
+    with pytest.raises(ValueError, match="poisson"):
+        score_rows(model, torch.randn(4, 12))

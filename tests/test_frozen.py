@@ -130,6 +130,50 @@ def test_any_change_of_the_model_is_seen(change: Callable[[Any], None], model: R
     assert not np.allclose(after, before, rtol=1e-3)
 
 
+def option(name: str, value: Any) -> Callable[[Any], None]:
+    """Set an attribute wherever it is."""
+
+    def change(model: Any) -> None:
+        for module in model.modules():
+            if name in vars(module):
+                setattr(module, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (kind, *change)
+        for kind in (AE, RVAE)
+        for change in [("likelihood", "absolute"), ("eps", 1.0), ("activation", "tanh"), ("negative_slope", 0.7)]
+    ]
+    + [(RVAE, "order", "post")],
+)
+def test_a_changed_option_is_seen(kind: Any, name: str, value: Any, rows: np.ndarray) -> None:
+    options = {} if kind is AE else {"init": "default"}
+    model = kind(12, latent_features=3, widths=(24, 16), **options).eval()
+    before = score_rows(model, rows)
+    option(name, value)(model)
+    after = score_rows(model, rows)
+    np.testing.assert_allclose(after, by_model(model, rows), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(after, before, rtol=1e-3)
+
+
+def test_a_replaced_method_is_seen_and_so_is_its_end(model: RVAE, rows: np.ndarray, made: list[Any]) -> None:
+    before = score_rows(model, rows)
+    last: Any = model.decoder[0]
+    last.forward = lambda x: type(last).forward(last, x) + 1.0
+    after = score_rows(model, rows)
+    np.testing.assert_allclose(after, by_model(model, rows), rtol=1e-4)
+    assert not np.allclose(after, before, rtol=1e-3)
+    del last.forward
+    np.testing.assert_array_equal(score_rows(model, rows), before)
+    model.anomaly_score = lambda x, kld_weight=0.0: RVAE.anomaly_score(model, x, kld_weight) + 1.0  # type: ignore
+    np.testing.assert_allclose(score_rows(model, rows), before + 1.0, rtol=1e-4)
+    assert len(made) == 2
+
+
 def test_which_models_run_themselves(model: RVAE, rows: np.ndarray) -> None:
     class Mine(RVAE):
         def anomaly_score(self, x: Any, kld_weight: float = 0.0) -> Any:
