@@ -58,6 +58,7 @@ def describe_detector(detector: BaseDetector) -> tuple[dict[str, Any], dict[str,
         "class": name,
         "model_class": document["class"],
         "config": document["config"],
+        "frozen": document["frozen"],
         "parameters": parameters,
         "scaler": scaler.kind,
         "offset": float(detector.offset_),
@@ -83,7 +84,7 @@ def restore_detector(path: Path, document: dict[str, Any], tensors: dict[str, Te
         raise FileFormatError(f"{path} holds parameters that {cls.__name__} does not take: {error}") from error
     if document["model_class"] != cls._model_class.__name__:
         raise FileFormatError(f"{path} holds a {document['model_class']} in a {cls.__name__}")
-    detector.model_ = restore_model(path, document["model_class"], document["config"], tensors)
+    detector.model_ = restore_model(path, document["model_class"], document, tensors)
     width = detector.model_.in_features
     parts: dict[str, Any] = {key: tensors[f"scaler.{key}"].numpy() for key in ("center", "scale", "constant")}
     parts["fill"] = tensors["scaler.fill"].numpy() if "scaler.fill" in tensors else None

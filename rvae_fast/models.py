@@ -197,7 +197,8 @@ class Autoencoder(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values: ``type(model)(**model.config())`` has the same shape."""
-        return {k: list(v) if isinstance(v, list) else v for k, v in self._config.items()}
+        config = {k: list(v) if isinstance(v, list) else v for k, v in self._config.items()}
+        return config | {"likelihood": self.likelihood}  # an attribute that may have been set since
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         code = self.encoder(x)

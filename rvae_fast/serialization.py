@@ -47,7 +47,8 @@ def save(obj: Autoencoder | BaseDetector | EnsembleDetector, path: str | os.Path
     ----------
     obj : AE, RAE, VAE, RVAE, one of the detectors or an EnsembleDetector
         A detector takes its scaler, threshold, feature names, parameters and training history along. A ``random_state``
-        that is not an int or None is a generator in mid-stream and is saved as None.
+        that is not an int or None is a generator in mid-stream and is saved as None. Parameters that take no gradient
+        come back so; hooks do not come along.
     path : path
         ``.safetensors`` is the customary ending; any will do.
 
@@ -55,6 +56,9 @@ def save(obj: Autoencoder | BaseDetector | EnsembleDetector, path: str | os.Path
     ------
     TypeError
         For any other object, or a parameter that JSON cannot hold.
+    ValueError
+        For a network that its constructor's arguments do not describe: modules, shapes, options of a module or methods
+        were changed since. What was saved at ``path`` before is left there.
     OSError
         Where ``path`` is a directory or a device, its directory is not there, or nothing can be written.
     sklearn.exceptions.NotFittedError
@@ -105,7 +109,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
     kind, name = document.get("kind"), document.get("class")
     try:
         if kind == "model" and name in MODELS:
-            return restore_model(path, name, document["config"], tensors).to(place)
+            return restore_model(path, name, document, tensors).to(place)
         if kind == "detector":
             return restore_detector(path, document, tensors, device)
         if kind == "ensemble" and name == "EnsembleDetector":
