@@ -119,6 +119,27 @@ def require_same(path: str | os.PathLike[str], saved: dict[str, Any], here: dict
         )
 
 
+def require_shapes(path: str | os.PathLike[str], tensors: dict[str, Tensor], here: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint whose tensors cannot be copied into this run's.
+
+    Raises
+    ------
+    KeyError
+        Of the first that is missing.
+    CheckpointError
+        Listing those that have another shape.
+    """
+    if missing := here.keys() - tensors.keys():
+        raise KeyError(sorted(missing)[0])
+    shapes = {name: (list(tensors[name].shape), list(value.shape)) for name, value in here.items()}
+    differences = [f"{name}: {there} there, {own} here" for name, (there, own) in shapes.items() if there != own]
+    if differences:
+        raise CheckpointError(
+            f"checkpoint {os.fspath(path)!r} has tensors of other shapes than this run and cannot be resumed by it:\n  "
+            + "\n  ".join(differences)
+        )
+
+
 def subset(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, without it."""
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

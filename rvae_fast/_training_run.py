@@ -245,6 +245,8 @@ class Run:
         config = {key: value for key, value in self.config.to_dict().items() if key not in _INCIDENTAL}
         return {
             "model": _checkpoint.describe_model(self.model),
+            # The optimiser's state goes by position among those that are trained.
+            "parameters": {n: "trained" if p.requires_grad else "frozen" for n, p in self.model.named_parameters()},
             "config": config | {"seed": self.seed},  # the one in use: whoever gives none goes on with the checkpoint's
             "data": self.rows.fingerprint(),
             "validation": held_out,
@@ -275,9 +277,10 @@ class Run:
         try:
             saved = header["identity"]
             saved = {**saved, "config": {**saved["config"], "seed": header["history"]["seed"]}}
-            _checkpoint.require_same(path, saved, self._identity)
-            if missing := self._state().keys() - tensors.keys():
-                raise KeyError(sorted(missing)[0])
+            known = {key: value for key, value in self._identity.items() if key != "parameters" or key in saved}
+            _checkpoint.require_same(path, saved, known)  # checkpoints of earlier versions do not name the parameters
+            own = {name: value for name, value in self._state().items() if name != "history.steps"}  # that grows
+            _checkpoint.require_shapes(path, tensors, own)
             position, stale, best_loss = header["position"], header["stale"], header["best_loss"]
             history = History.from_dict({**header["history"], "steps": tensors["history.steps"].numpy()})
             epoch, group, spent = position["epoch"], position["group"], position["spent"]

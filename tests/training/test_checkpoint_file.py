@@ -95,3 +95,57 @@ def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
     tensors, _ = _checkpoint.load(tmp_path / "file")
     assert torch.equal(tensors["b"], shared)
     assert torch.equal(tensors["c"], shared.t())
+
+
+def frozen(net: Any, *names: str) -> Any:
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name not in names)
+    return net
+
+
+#: Of one shape.
+ONE, OTHER = (f"encoder.0.0.norms.0.{name}" for name in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("names", [(OTHER,), (ONE, OTHER), ()])
+def test_other_frozen_parameters_are_another_run(model, table, same, tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Adam's moments go by position: with others frozen they would be another parameter's."""
+    config = TrainingConfig(**BASE, checkpoint=str(tmp_path / "run"))
+    train(frozen(model(), ONE), table(40), config)
+    other = frozen(model(seed=1), *names)
+    weights = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"parameters\.encoder\.0\.0\.norms\.0\.\w+: '\w+' there, '\w+' here"):
+        train(other, table(40), config, resume=True)
+    same(weights, other.state_dict())
+    resumed, unbroken = frozen(model(seed=1), ONE), frozen(model(), ONE)
+    train(resumed, table(40), config, resume=True)
+    train(unbroken, table(40), TrainingConfig(**BASE))
+    same(unbroken, resumed)
+
+
+def test_checkpoints_that_do_not_name_the_parameters_resume(model, table, same, tmp_path: Path) -> None:
+    """Versions before did not; where their state is of another number of parameters, it shows in the shapes."""
+    path = tmp_path / "run"
+    config = TrainingConfig(**BASE, checkpoint=str(path))
+    trained = model()
+    train(trained, table(40), config)
+    tensors, header = _checkpoint.load(path)
+    del header["identity"]["parameters"]
+    _checkpoint.save(path, tensors, {k: v for k, v in header.items() if k not in ("format", "version")})
+    resumed = model(seed=1)
+    train(resumed, table(40), config, resume=True)
+    same(trained, resumed)
+    other = frozen(model(seed=1), ONE)
+    weights = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"tensors of other shapes than this run .*\n .*optimizer\.\w+"):
+        train(other, table(40), config, resume=True)
+    same(weights, other.state_dict())
+
+
+def test_another_likelihood_is_another_run(model, table, tmp_path: Path) -> None:
+    config = TrainingConfig(**BASE, checkpoint=str(tmp_path / "run"))
+    train(model(), table(40), config)
+    other = model()
+    other.likelihood = "absolute"
+    with pytest.raises(CheckpointError, match=r"model\.config: .*'likelihood': 'absolute'.* here"):
+        train(other, table(40), config, resume=True)
