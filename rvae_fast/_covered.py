@@ -83,9 +83,8 @@ def _is_unit(unit: Any, width: int, options: dict[str, Any]) -> bool:
         return False
     if not len(unit.linears) == len(unit.norms) == unit.layers:
         return False
-    # A unit has an eps of its own beside its norms'; where they differ, it is the unit's to say which one counts.
     linears: list[Any] = list(unit.linears)
-    return all(_is_norm(norm, width) and norm.eps == unit.eps for norm in unit.norms) and all(
+    return all(_is_norm(norm, width) for norm in unit.norms) and all(
         type(linear) in _LINEARS and list(linear.weight.shape) == [width, width] for linear in linears
     )
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rvae_fast import _backend
+from rvae_fast._norms import watched
 from rvae_fast.models import Autoencoder
 from rvae_fast.ops.residual_stack import HAS_BF16_PRODUCTS
 from rvae_fast.scorer import IMPLEMENTED, Scorer, freezable, freeze
@@ -77,7 +78,8 @@ def frozen(model: nn.Module, precision: str) -> Scorer | None:
 
     It has to where :func:`rvae_fast.scorer.freezable` says so (a subclass, custom modules or hooks, parameters that are
     not fp32, a BatchNorm without running statistics, no bf16 products for ``"bf16"``), where its parameters are
-    inference tensors, whose changes nobody counts, and where another backend than the native one is in force.
+    inference tensors, whose changes nobody counts, where a hook waits for every module of the process, and where
+    another backend than the native one is in force.
 
     Parameters
     ----------
@@ -87,7 +89,7 @@ def frozen(model: nn.Module, precision: str) -> Scorer | None:
     """
     if not isinstance(model, Autoencoder) or _backend.choose("score", "cpu", IMPLEMENTED) != "native":
         return None
-    if precision == "bf16" and not HAS_BF16_PRODUCTS:
+    if watched() or (precision == "bf16" and not HAS_BF16_PRODUCTS):
         return None
     precision = "bf16" if precision == "bf16" else "fp32"
     by_precision = _kept.setdefault(model, {})

@@ -67,9 +67,6 @@ REBUILT: dict[str, Callable[[], Any]] = {
     "no activation": lambda: plain(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)),
     "units in a plain model": lambda: plain(ResidualStack(12, 1), Transition(12, 3)),
     "another container": lambda: changed(plain(), lambda m: setattr(m, "encoder", Doubled(*m.encoder))),
-    "another norm's eps in a unit": lambda: changed(
-        residual(), lambda m: setattr(m.encoder[0][0].norms[1], "eps", 1.0)
-    ),
 }  # fmt: skip
 
 #: As the models build them, or with more of the same.
@@ -84,6 +81,9 @@ KNOWN: dict[str, Callable[[], Any]] = {
     "transitions alone": lambda: RAE(12, 3, n_layers=1),
     "more units": lambda: changed(residual(), lambda m: m.encoder.insert(1, ResidualStack(12, 2))),
     "more transitions": lambda: changed(residual(), lambda m: m.encoder.insert(1, nn.Linear(12, 12))),
+    "another norm's eps in a unit": lambda: changed(
+        residual(), lambda m: setattr(m.encoder[0][0].norms[1], "eps", 1.0)
+    ),
     "more of a plain one": lambda: plain(*AE(12, 3, widths=[8, 9, 4]).encoder),
 }
 

@@ -174,6 +174,18 @@ def test_a_replaced_method_is_seen_and_so_is_its_end(model: RVAE, rows: np.ndarr
     assert len(made) == 2
 
 
+def test_a_hook_on_every_module_is_called(model: RVAE, rows: np.ndarray) -> None:
+    score_rows(model, rows)
+    seen: list[nn.Module] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        score_rows(model, rows)
+    finally:
+        hook.remove()
+    assert model.decoder[0] in seen
+    assert frozen(model, "fp32") is not None
+
+
 def test_which_models_run_themselves(model: RVAE, rows: np.ndarray) -> None:
     class Mine(RVAE):
         def anomaly_score(self, x: Any, kld_weight: float = 0.0) -> Any:
