@@ -18,6 +18,8 @@ _STYLES = (
     ("normal", "P", "--"), ("anomaly", "X", "--"), ("second", "<", "--"), ("faint", ">", "--"), ("mark", "*", "--"),
 )  # fmt: skip
 _MOST_POINTS = 1500
+#: How far up a picture of steps goes, in the largest of its runs' medians.
+_MOST_MEDIANS = 100.0
 
 
 def plot_means(
@@ -101,7 +103,15 @@ def plot_means(
 
 
 def plot_steps(name: str, title: str, runs: Mapping[str, np.ndarray], *, ylabel: str, caption: str = "") -> Picture:
-    """Draw a quantity step by step on a logarithmic axis, one line a run; of a stretch of steps its largest value."""
+    """Draw a quantity step by step on a logarithmic axis, one line a run; of a stretch of steps its largest value.
+
+    A run that diverges leaves the picture, which would otherwise show nothing but that.
+    """
+    finite = [values[np.isfinite(values)] for values in runs.values()]
+    highest = _MOST_MEDIANS * max((float(np.median(values)) for values in finite if len(values)), default=1.0)
+    leaving = [label for label, values in runs.items() if np.max(values) > highest]
+    if leaving:
+        caption = f"{caption} Beyond the picture: {', '.join(leaving)}.".strip()
 
     def draw(axes: Axes, theme: Theme) -> None:
         for i, (label, values) in enumerate(runs.items()):
@@ -111,6 +121,8 @@ def plot_steps(name: str, title: str, runs: Mapping[str, np.ndarray], *, ylabel:
             tops = [float(np.max(values[piece])) for piece in pieces]
             axes.plot(steps, tops, color=getattr(theme, colour), ls=line, lw=1.1, label=label)
         axes.set_yscale("log")
+        if leaving:
+            axes.set_ylim(top=highest)
         plain_log_ticks(axes.yaxis, *axes.get_ylim())
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(ylabel)

@@ -17,6 +17,7 @@ from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.claims import Claim
 from rvae_fast.experiments.experiment import Settings
 from rvae_fast.experiments.page import Findings, write_page
+from rvae_fast.experiments.plots import plot_steps
 from rvae_fast.experiments.tables import diverged, summary, to_csv
 from rvae_fast.experiments.work import steps_file
 
@@ -114,6 +115,15 @@ def test_explosion_of_runs_that_diverged(folder: Path) -> None:
     assert "Without a point, some of their runs having diverged: unclipped at 10." in spikes.caption
     assert made.tables["By cure and depth"][0]["norm_ratio"] == "inf"
     assert diverged(rows) == ["mnist, 0 novel, RVAE pre unclipped, 10 layers, seed 0, at step 7"]
+
+
+def test_a_run_that_diverges_leaves_the_picture_of_steps() -> None:
+    runs = {"radam": np.array([1.0, 1e3, 1e17]), "defaults": np.linspace(20.0, 10.0, 50)}
+    wild = plot_steps("steps", "loss by step", runs, ylabel="loss", caption="Seed 0.")
+    assert wild.caption == "Seed 0. Beyond the picture: radam."
+    assert "radam: median 1,000, largest 1.000e+17" in wild.alt
+    calm = plot_steps("steps", "loss by step", {"defaults": runs["defaults"]}, ylabel="loss", caption="Seed 0.")
+    assert calm.caption == "Seed 0."
 
 
 @pytest.mark.parametrize("good", [True, False])
