@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,6 +142,11 @@ def call(function: Callable[..., Any], *arguments: Any) -> None:
 def place(tensor: Tensor) -> torch.device:
     """The device that launches on this tensor go to: of a stand-in, the tape's."""
     return tensor.device if current.tape is None else current.tape.device
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device current inside: launches, events and the captures of graphs are of the one that is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

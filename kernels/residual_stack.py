@@ -20,7 +20,7 @@ A layer runs fused (one pass each way), fused but for the forward's column momen
 product with pointwise passes ("plain"), or forward by a kernel in CUDA C++ that is fused as well and backward plain
 ("hopper"), as ``configurations.strategy`` says for its shape.
 
-The driver below runs once for a set of shapes and options, on stand-ins, and records a :class:`.launch.Tape`; a call
+The driver below runs once for a set of shapes and options, on stand-ins, and records a :class:`.tape.Tape`; a call
 plays it. Nothing in it may look at a value.
 """
 
@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +36,7 @@ from torch import Tensor
 from . import configurations, hopper_layer
 from .batch_norm import Moments, column_moments, merge_gradients, merge_moments, running_norm
 from .deferred import DeferredGradient, DeferredNorm
-from .launch import Number, call
+from .launch import Number, call, on_device
 from .layer_backward import layer_backward
 from .layer_forward import layer_forward
 from .norm_activation import norm_activation
@@ -221,10 +220,6 @@ def stack_forward(
     with torch.no_grad(), on_device(x.device):
         _forward_tape(key).play([*values, *momentum])
     return result, kept
-
-
-def on_device(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def hopper_why_not(options: StackOptions, x: Tensor) -> str | None:

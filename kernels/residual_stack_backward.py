@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .batch_norm import merge_gradients
 from .deferred import DeferredGradient
-from .launch import call
+from .launch import call, on_device
 from .norm_activation import activation_sums, norm_activation_backward, norm_backward
 from .plain_layer import in_dtype, plain_input_gradient, plain_weight_gradient
 from .residual_stack import (
@@ -25,7 +25,6 @@ from .residual_stack import (
     finish_gradient,
     kept_shapes,
     needs_cast,
-    on_device,
     setting,
 )
 from .tape import Tape

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +103,6 @@ def _workload(
     return lambda config: weight_gradient(grad_y, x, norm=scales, dtype=dtype, out=total, config=config, **act)
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device current: events, and the captures of graphs, are of the one that is."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def fastest(options: Iterable[Any], run: Callable[[Any], Any], timer: Timer) -> Any:
     """The option with the least time; of equals the first."""
     return min(options, key=lambda option: timer(lambda: run(option)))
@@ -128,7 +122,7 @@ def tune(
     """Measure every candidate of a kernel for a shape, keep the quickest in this machine's table, and return it."""
     chip = tile_table.chip_of(device) if chip is None else chip
     among = configurations.candidates(kernel, arithmetic, chip.capability, chip.shared_memory)
-    with launch.paused(), torch.no_grad(), _current(device):
+    with launch.paused(), torch.no_grad(), launch.on_device(device):
         run = _workload(kernel, _DTYPES[arithmetic], device, m, n, k)
         best = fastest(_options(kernel, among, chip, m, n, k), run, timer)
     tile_table.remember(chip, {tile_table.key(kernel, arithmetic, m, n, k): list(best)})
@@ -169,7 +163,7 @@ def tune_strategy(
         if kind == "layer":
             stack_backward(grad, x, weights, kept, options, strategy=strategy)
 
-    with launch.paused(), torch.no_grad(), _current(device):
+    with launch.paused(), torch.no_grad(), launch.on_device(device):
         covered = hopper_why_not(options, x) is None
         among = [s for s in configurations.STRATEGIES if s != "hopper" or covered]
         best = str(fastest(among, run, timer))
