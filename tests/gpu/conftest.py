@@ -16,6 +16,7 @@ from typing import Any
 
 import interpreter
 import pytest
+import quick_interpreter
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ import rvae_fast
 
 LOG = os.environ.get("RVAE_FAST_GPU_TESTS_LOG")
 ON_CPU = os.environ.get("RVAE_FAST_GPU_TESTS_ON_CPU") == "1" and os.environ.get("TRITON_INTERPRET") == "1"
+if ON_CPU:
+    quick_interpreter.quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,10 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from quick_interpreter import quicken
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
+else:
+    quicken()
 
 Compare = Callable[[str, Tensor, Tensor, Tensor], None]
 
