@@ -192,8 +192,10 @@ def compile_case(case: Case) -> Resources:
         arguments |= {"tile_sums_ptr": columns}
     else:
         kernel = _weight_gradient_kernel
-        dot_type = tl.bfloat16 if case.arithmetic == "half" else tl.float32
+        # fp16 stands for both half dtypes: its operand is clamped as well.
+        dot_type = tl.float16 if case.arithmetic == "half" else tl.float32
         arguments |= {"grad_y_ptr": stream, "partial_ptr": columns, "DOT_TYPE": dot_type}
+        arguments = {name: "*fp16" if value == "*bf16" else value for name, value in arguments.items()}
     arguments = {parameter.name: arguments[parameter.name] for parameter in kernel.params}
     return compile_kernel(
         kernel, arguments, case.capability, num_warps=case.config.num_warps, num_stages=case.config.num_stages

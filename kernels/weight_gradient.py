@@ -88,8 +88,11 @@ def _weight_gradient_kernel(
         g = tl.load(g_pointers, mask=n_mask[:, None] & row_mask[None, :], other=0.0)
         h = tl.load(x_pointers, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
         if norm_ptr is not None:
-            # Rows past the end come out as activation(shift - mean * scale), which g's zeros take out of the sum.
+            # Rows past the end come out as activation(shift - mean * scale), which g's zeros take out of the sum, if
+            # it is finite: of a column that hardly varies, far from zero, it is beyond fp16.
             h = activate((h.to(tl.float32) - mean) * scale + shift, ACTIVATION, slope)
+            if DOT_TYPE is tl.float16:
+                h = tl.clamp(h, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         product = tl.dot(g.to(DOT_TYPE), h.to(DOT_TYPE), product, input_precision=PRECISION)
         g_pointers += BLOCK_K * N
         x_pointers += BLOCK_K * K

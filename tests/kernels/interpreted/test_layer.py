@@ -166,6 +166,19 @@ def test_weight_gradient_whatever_the_splits(rows: int, splits: int, compare: An
     compare("weight", ours, *results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_rows_past_the_end_do_not_overflow(dtype: torch.dtype) -> None:
+    """A constant column: (0 - mean) / sqrt(eps) is beyond fp16, and zero times infinity no zero."""
+    rows, width = 5, 8
+    x, grad = (torch.randn(rows, width, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+    x[:, 3] = -255.0
+    norm = batch_norm.merge_moments(*batch_norm.column_moments(x), rows, None, None, 1e-5)
+    assert (255.0 * norm[3, 3] > torch.finfo(torch.float16).max).item()
+    ours = weight_gradient.weight_gradient(grad, x, norm=norm, activation="relu", config=SMALL)
+    h = F.relu(F.batch_norm(x.double(), None, None, training=True))
+    torch.testing.assert_close(ours.double(), grad.double().t() @ h, rtol=1e-2, atol=1e-2)
+
+
 def test_repeats_bit_for_bit() -> None:
     t = make(97, 100, 100)
     norm = norm_of(t, 97)
