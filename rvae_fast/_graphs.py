@@ -15,7 +15,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -180,18 +180,36 @@ class CudaDevice:
         """Capture ``body`` into a graph with a memory pool of its own."""
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # Not by torch.cuda.graph: when a capture fails, that leaves the side stream the current one.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            graph.capture_begin(capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 output = body()
+                graph.capture_end()
             except BaseException:
                 with contextlib.suppress(Exception):
                     graph.capture_end()
+                with contextlib.suppress(Exception):
+                    self._clean_up(pool)
                 raise
-            graph.capture_end()
         return _CudaCaptured(graph, output)
+
+    def _clean_up(self, pool: Any) -> None:
+        """Leave nothing of a capture that has failed.
+
+        When CUDA calls a capture invalid (something in it waited for the device), PyTorch's ``capture_end`` raises at
+        once: its allocator takes the capture to go on, never to give memory back to the device again, and up to torch
+        2.11 the default generator does, to refuse every random number outside of one. The former has functions to end
+        it, which raise when it has ended, and the latter ends with the next capture.
+        """
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, pool)
+            torch._C._cuda_releasePool(self._device.index, pool)
+        graph, scratch = torch.cuda.CUDAGraph(), torch.zeros(1, device=self._device)
+        graph.capture_begin(capture_error_mode="thread_local")
+        scratch.zero_()  # PyTorch warns of empty graphs
+        graph.capture_end()
 
     def seconds(self) -> float:
         """``time.perf_counter()`` once the device is idle."""
@@ -199,21 +217,24 @@ class CudaDevice:
         return time.perf_counter()
 
 
-def step_graph(cuda_graph: bool | str, device: torch.device, dtype: torch.dtype) -> StepGraph | None:
+def step_graph(cuda_graph: bool | str, device: torch.device, dtype: torch.dtype, optimizer: str) -> StepGraph | None:
     """The :class:`StepGraph` for a ``cuda_graph`` option (True, False or "auto"), None where steps stay eager.
 
-    A model in fp64 stays eager: PyTorch's fused optimiser reads a learning rate on the device in fp32.
+    A model in fp64 stays eager: PyTorch's fused optimiser reads a learning rate on the device in fp32. So does RAdam,
+    which has no fused kernel: whether it takes a step is decided on the host.
 
     Raises
     ------
     ValueError
-        For True on a device that has no CUDA graphs, or for such a model.
+        For True on a device that has no CUDA graphs, for such a model, or such an optimiser.
     """
     why_not = None
     if device.type != "cuda":
         why_not = f"on {device}, which has no CUDA graphs"
     elif dtype == torch.float64:
         why_not = f"for a model of {dtype}, whose learning rate a graph would round"
+    elif optimizer == "radam":
+        why_not = "with optimizer='radam', whose steps are decided on the host"
     if cuda_graph is True and why_not is not None:
         raise ValueError(f"cuda_graph must be 'auto' or False {why_not}, got True")
     if cuda_graph is False or why_not is not None:

@@ -87,8 +87,8 @@ class TrainingConfig:
         Run optimiser steps as one CUDA graph: hundreds of kernels in one launch, which pays where the network is deep
         and the batches small. ``"auto"`` takes the first steps eagerly, the next by a graph, and keeps the faster way;
         a step that cannot be captured stays eager, with a warning. True captures or fails. Batches of another size (an
-        epoch's last) always run eagerly. The numbers are those of eager steps. Elsewhere than on CUDA devices
-        ``"auto"`` means False and True is an error.
+        epoch's last) always run eagerly. The numbers are those of eager steps. Elsewhere than on CUDA devices, for
+        models in fp64 and with ``"radam"``, ``"auto"`` means False and True is an error.
 
     Raises
     ------

@@ -64,7 +64,7 @@ class Run:
         dtype, width = weights[0].dtype, int(model.in_features)  # type: ignore[arg-type]
         self.config, self.device, self.callbacks = config, device, callbacks  # the configuration is resolved below
         self.precision = resolve_precision(config.precision, device, dtype)
-        self.graph = step_graph(config.cuda_graph, device, dtype)
+        self.graph = step_graph(config.cuda_graph, device, dtype, config.optimizer)
 
         where: dict[str, Any] = {"device": device, "dtype": dtype, "max_rows": config.batch_size + 1}
         self.rows = Rows(data, "data", width, **where)

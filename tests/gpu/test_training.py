@@ -52,6 +52,35 @@ def test_a_graph_trains_as_eager_steps_do(accumulate: int, precision: str, cuda:
     assert_same(one, three)
 
 
+def test_a_step_that_cannot_be_captured_goes_on(cuda: torch.device) -> None:
+    """A cumulative average reads its count on the host, which CUDA does not allow in a capture: random numbers and the
+    allocator work after it as before."""
+    options = {**OPTIONS, "device": "cuda"}
+    eager = train(one := model(momentum=None), table(), TrainingConfig(**options, cuda_graph=False))
+    with pytest.warns(UserWarning, match="training goes on without a CUDA graph"):
+        auto = train(two := model(momentum=None), table(), TrainingConfig(**options))
+    assert (auto.steps == eager.steps).all()
+    assert_same(one, two)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        train(model(momentum=None), table(), TrainingConfig(**options, cuda_graph=True))
+    torch.randn(10, device="cuda")
+    # What other streams have used is given back: not while the allocator believes in a capture.
+    before, stream = torch.cuda.memory_allocated(), torch.cuda.Stream()
+    used = torch.empty(1 << 24, device="cuda")
+    used.record_stream(stream)
+    del used
+    torch.cuda.synchronize()
+    torch.empty(1, device="cuda")
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_radam_trains_eagerly(cuda: torch.device) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="training goes on without")
+        history = train(model(), table(), TrainingConfig(**OPTIONS, device="cuda", optimizer="radam"))
+    assert history.epochs[-1]["train_loss"] < history.epochs[0]["train_loss"]
+
+
 def test_resuming_by_a_graph(cuda: torch.device, tmp_path: Path) -> None:
     path = str(tmp_path / "run")
     options = {**OPTIONS, "device": "cuda", "cuda_graph": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,98 @@ def test_an_invalidation_amid_the_timing_leaves_what_was_timed() -> None:
 
 def test_which_devices_have_graphs() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert step_graph("auto", cpu, torch.float32) is None
-    assert step_graph(False, cpu, torch.float32) is None
-    assert step_graph("auto", cuda, torch.float64) is None
-    assert step_graph(False, cuda, torch.float32) is None
+    assert step_graph("auto", cpu, torch.float32, "adamw") is None
+    assert step_graph(False, cpu, torch.float32, "adamw") is None
+    assert step_graph("auto", cuda, torch.float64, "adamw") is None
+    assert step_graph("auto", cuda, torch.float32, "radam") is None
+    assert step_graph(False, cuda, torch.float32, "adamw") is None
     with pytest.raises(ValueError, match="cuda_graph must be 'auto' or False on cpu, which has no CUDA graphs"):
-        step_graph(True, cpu, torch.float32)
+        step_graph(True, cpu, torch.float32, "adamw")
     with pytest.raises(ValueError, match=r"cuda_graph must be 'auto' or False for a model of torch.float64"):
-        step_graph(True, cuda, torch.float64)
+        step_graph(True, cuda, torch.float64, "adamw")
+    with pytest.raises(ValueError, match="cuda_graph must be 'auto' or False with optimizer='radam', whose steps are"):
+        step_graph(True, cuda, torch.float32, "radam")
+
+
+class FakeCuda:
+    """PyTorch's captures as they are up to torch 2.11: one that CUDA calls invalid leaves allocator and generator in
+    capture, and a pool may be released once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.recording: set[Any] = set()  # pools that the allocator takes to be captured into
+        self.held: set[Any] = set()  # pools whose memory is kept
+        self.generator_captures = self.invalid = False
+        self.captures = 0
+        fake = self
+
+        class Graph:
+            def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+                fake.captures += 1
+                self.pool, self.ended, fake.generator_captures = pool or (fake.captures, 0), False, True
+                fake.recording.add(self.pool)
+                fake.held.add(self.pool)
+
+            def capture_end(self) -> None:
+                if self.ended:
+                    raise RuntimeError("capture_end() called before capture_begin()")
+                self.ended = True
+                if fake.invalid:
+                    fake.invalid = False
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                fake.recording.remove(self.pool)
+                fake.held.remove(self.pool)  # as the graph is dropped in these tests
+                fake.generator_captures = False
+
+        def end(_device: int, pool: Any) -> None:
+            if pool not in fake.recording:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            fake.recording.remove(pool)
+
+        def release(_device: int, pool: Any) -> None:
+            assert pool in fake.held, "released twice: PyTorch ends the process"
+            fake.held.remove(pool)
+
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+        for name in ("synchronize", "empty_cache", "Stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+
+
+@pytest.mark.parametrize("invalid", [True, False])
+def test_a_failed_capture_leaves_neither_allocator_nor_generator_in_it(
+    invalid: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body that waits for the device makes the capture invalid; one that fails in Python alone does not."""
+    cuda = FakeCuda(monkeypatch)
+
+    def body() -> Tensor:
+        cuda.invalid = invalid
+        raise RuntimeError("in the step")
+
+    with pytest.raises(RuntimeError, match="in the step"):
+        _graphs.CudaDevice(torch.device("cuda", 0)).capture(body)
+    assert not cuda.recording
+    assert not cuda.held
+    assert not cuda.generator_captures, "random numbers are refused from here on"
+
+
+def test_a_capture_that_ends_invalid_leaves_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+
+    def body() -> Tensor:
+        cuda.invalid = True  # by another thread, say
+        return torch.ones(())
+
+    with pytest.raises(RuntimeError, match="due to a previous error during capture"):
+        _graphs.CudaDevice(torch.device("cuda", 0)).capture(body)
+    assert not cuda.recording | cuda.held
+    assert not cuda.generator_captures
 
 
 def test_train_refuses_a_graph_on_the_cpu(model: Any, table: Any) -> None:
