@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rvae_fast import _backend, reference
+from rvae_fast.ops.batched import is_batched
 
 _IMPLEMENTED = {"native": ("cpu",), "triton": _backend.triton_devices()}
 
@@ -126,17 +127,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(*constant)
 
 
-_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
-
-
-def _is_batched(tensor: Tensor | None) -> bool:
-    """Whether it is a batch under autograd's own vmap (``is_grads_batched``) or torch.func's."""
-    if tensor is None or torch.compiler.is_compiling():
-        return False
-    keys = torch._C._dispatch_keys(tensor)
-    return bool(keys.has(_BATCHED) or keys.has(torch._C.DispatchKey.FuncTorchBatched))
-
-
 def _backward(ctx: Any, grad_error: Tensor | None, grad_kld: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     needs = [
@@ -148,7 +138,7 @@ def _backward(ctx: Any, grad_error: Tensor | None, grad_kld: Tensor | None) -> t
     # Under create_graph=True the gradients must themselves be differentiable, with is_grads_batched come many at once:
     # the reference's can be both.
     run: Any = getattr(ctx, "run_backward", _backward_op)
-    if torch.is_grad_enabled() or _is_batched(grad_error) or _is_batched(grad_kld):
+    if torch.is_grad_enabled() or is_batched(grad_error) or is_batched(grad_kld):
         run = reference.reconstruction_kld_backward
     grads = iter(run(grad_error, grad_kld, *inputs, ctx.likelihood, ctx.reduction, needs))
     return (*(next(grads) if need else None for need in needs), None, None)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rvae_fast import _backend, reference
+from rvae_fast.ops.batched import is_batched
 
 _IMPLEMENTED = {"triton": _backend.triton_devices()}
 _COVERED = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,7 +103,8 @@ def _backward(ctx: Any, grad_z: Tensor | None, grad_kld: Tensor | None) -> tuple
     if grad_z is None and grad_kld is None:
         return None, None, None
     run: Any = getattr(ctx, "run_backward", _backward_op)
-    if torch.is_grad_enabled():  # create_graph=True: the reference's can be differentiated again
+    # create_graph=True: the reference's can be differentiated again; is_grads_batched: it takes many at once.
+    if torch.is_grad_enabled() or is_batched(grad_z) or is_batched(grad_kld):
         run = reference.reparameterise_backward
     grad_mu, grad_logvar = run(grad_z, grad_kld, *ctx.saved_tensors)
     return grad_mu if ctx.needs_input_grad[0] else None, grad_logvar if ctx.needs_input_grad[1] else None, None

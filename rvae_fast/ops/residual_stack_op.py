@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from rvae_fast import _native, reference
+from rvae_fast.ops.batched import is_batched
 
 # --- schema, fakes ---
 
@@ -206,9 +207,10 @@ def _differentiable_gradients(
     need_x: bool,
     needs: _Flags,
 ) -> _Gradients:
-    """The same through the reference, for gradients that will be differentiated themselves (``create_graph=True``)."""
+    """The same through the reference: for gradients that will be differentiated themselves (``create_graph=True``), and
+    for those of many outputs at once."""
     layers, order, activation, slope, batch_stats, dtype = options
-    half = dtype != torch.float32
+    half, again = dtype != torch.float32, torch.is_grad_enabled()
     autocast = torch.autocast(x.device.type, dtype if half else torch.bfloat16, enabled=half)
     with torch.enable_grad(), autocast:
         # Aliases: a parameter that is in the stack twice has a gradient at each place.
@@ -222,7 +224,7 @@ def _differentiable_gradients(
         )  # fmt: skip
     flat = [(p, n) for ps, need in zip(lists, needs, strict=True) for p, n in zip(ps, need, strict=True)]
     wanted = [x] * need_x + [p for p, needed in flat if needed]
-    grads = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True, allow_unused=True))
+    grads = iter(torch.autograd.grad(out, wanted, gradient, create_graph=again, allow_unused=True))
     grad_x = next(grads) if need_x else None
     return grad_x, [[next(grads) if n else None for n in need] for need in needs]
 
@@ -251,7 +253,7 @@ def _run_backward(ctx: Any, gradient: Tensor | None, need_x: bool, needs: _Flags
         lists.append(tensors[:count])
         tensors = tensors[count:]
     parameters = (lists[0], lists[1], lists[2], lists[3])
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if (torch.is_grad_enabled() or is_batched(gradient)) and not torch.compiler.is_compiling():
         return _differentiable_gradients(
             gradient, x, parameters, (lists[4], lists[5]), ctx.options, ctx.eps, need_x, needs
         )

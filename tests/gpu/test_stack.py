@@ -297,6 +297,16 @@ def test_op_and_second_derivatives(cuda: torch.device, triton: torch.device) -> 
             assert float((ours.double() - exact).abs().max()) <= bound
 
 
+def test_gradients_of_many_outputs_at_once(triton: torch.device) -> None:
+    module, x = make(33, 2, layers=1).to(triton), torch.randn(9, 33, device=triton, requires_grad=True)
+    out, sources = module(x).sum(0)[:4], [x, *module.parameters()]
+    unit = torch.eye(len(out), device=triton)
+    together = torch.autograd.grad(out, sources, unit, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(out, sources, row, retain_graph=True) for row in unit]
+    for found, *expected in zip(together, *alone, strict=True):
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_not_covered_runs_or_raises(cuda: torch.device) -> None:
     stack, x = ResidualStack(16, 2).to(cuda).double(), torch.randn(20, 16, device=cuda, dtype=torch.float64)
     assert stack(x).dtype == torch.float64  # "auto": the reference

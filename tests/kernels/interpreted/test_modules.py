@@ -32,6 +32,23 @@ def rows(batch: int, width: int, needs: bool = True) -> Tensor:
     return (1 + 2 * torch.randn(batch, width)).requires_grad_(needs)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_many_outputs_at_once(training: bool) -> None:
+    """Of a stack, and of a sample of a code."""
+    from rvae_fast.ops.reparameterise import reparameterise
+
+    stack, x = make(6, 2, layers=1).train(training), rows(9, 6)
+    with _backend.backend("triton"):
+        outs = [stack(x).sum(0), *(t.sum(0, keepdim=t.dim() == 1) for t in reparameterise(x, 0.1 * x))]
+    for out, sources in zip(outs, ([x, *stack.parameters()], [x], [x]), strict=True):
+        unit = torch.eye(len(out))
+        together = torch.autograd.grad(out, sources, unit, is_grads_batched=True, retain_graph=True)
+        alone = [torch.autograd.grad(out, sources, row, retain_graph=True) for row in unit]
+        for found, *expected in zip(together, *alone, strict=True):
+            assert not found.requires_grad
+            torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
 class TestAgainstFp64:
     @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize(("width", "batch"), [(1, 37), (31, 69), (65, 51), (100, 33), (257, 9)])
