@@ -133,13 +133,14 @@ def decoder_error(
         config = config_for(arithmetic_of(weight.dtype), capability)
     tiles = triton.cdiv(features, config.block_n)
     partial = x.new_empty((tiles, rows), dtype=torch.float32)
-    _decoder_error_kernel[(triton.cdiv(rows, config.block_m) * tiles,)](
+    launch(
+        _decoder_error_kernel, (triton.cdiv(rows, config.block_m) * tiles,),
         h, weight.contiguous(), None if bias is None else bias.contiguous(), x,
         None if feature_weight is None else feature_weight.contiguous(), partial, rows, features, inner, h.stride(0),
         x.stride(0), float(features) if reduction == "mean" else 1.0,
         LIKELIHOOD=likelihood, PRECISION=input_precision(weight.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        options=config.options,
     )  # fmt: skip
     if tiles == 1:
         return partial[0]

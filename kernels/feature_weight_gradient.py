@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .loss_terms import error_term, tile
 
 #: Rows that a program takes in a step, its columns, the most splits of the rows, warps.
@@ -65,8 +66,10 @@ def feature_weight_gradient(grad_error: Tensor, x: Tensor, x_hat: Tensor, diviso
     split_rows = triton.cdiv(triton.cdiv(rows, splits), BLOCK_M) * BLOCK_M
     partial = x.new_zeros((splits, features), dtype=torch.float32)
     if rows:
-        _weight_gradient_kernel[(triton.cdiv(features, BLOCK_N), splits)](
+        launch(
+            _weight_gradient_kernel, (triton.cdiv(features, BLOCK_N), splits),
             grad_error, x, x_hat, partial, rows, features, split_rows, grad_error.stride(0), x.stride(0),
-            x_hat.stride(0), divisor, LIKELIHOOD=likelihood, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+            x_hat.stride(0), divisor, LIKELIHOOD=likelihood, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            options={"num_warps": NUM_WARPS},
         )  # fmt: skip
     return partial.sum(0)

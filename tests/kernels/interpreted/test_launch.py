@@ -124,7 +124,7 @@ def test_quick_launches_look_a_compiled_kernel_up(monkeypatch: pytest.MonkeyPatc
 
     go(x, None, 5)
     go(x.clone(), None, 5, (2, 9))
-    assert kernel.compiled == [([True], 5, {"NAME": "n", "BLOCK": 16, "num_warps": 4})]
+    assert kernel.compiled == [([True], 5, {"NAME": "n", "BLOCK": 16, "num_warps": 4, "enable_fp_fusion": True})]
     rest = (7, "function", "metadata", None, None, None)
     assert kernel.launched[0] == (3, 1, 1, *rest, x.data_ptr(), None, 5, 16, "n")
     assert kernel.launched[1][:3] == (2, 9, 1)
@@ -149,4 +149,4 @@ def test_quick_launches_are_seen_by_hooks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(triton.runtime, "JITFunction", _Kernel)
     monkeypatch.setattr(launch, "hooked", lambda: True)
     launch.quick_launch(Observed(), (4,), 1, NAME="n", options={"num_warps": 4})
-    assert calls == [((4,), (1,), {"NAME": "n", "num_warps": 4})]
+    assert calls == [((4,), (1,), {"NAME": "n", "num_warps": 4, "enable_fp_fusion": True})]
