@@ -63,8 +63,8 @@ def chains(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-#: Multiply and add in one instruction, as accuracy and speed were measured with. It is Triton's default until 3.9, which
-#: warns of its end.
+#: Multiply and add in one instruction, as accuracy and speed were measured with. Triton does so by itself until 3.9,
+#: which warns of the end of that.
 _COMPILED = {"enable_fp_fusion": True}
 
 
@@ -197,6 +197,23 @@ class Interpreted:
 
     def __call__(self, *arguments: Any) -> None:
         self._launch(*arguments, **self._options)
+
+
+@triton.jit
+def _probe_kernel(x_ptr):
+    tl.store(x_ptr, 0.0)
+
+
+def probe() -> None:
+    """Compile a kernel for the current device and load it, without running it; raises what Triton raises.
+
+    Triton's own part of this is C, compiled where it first runs: that takes a C compiler, Python's headers and a folder
+    for its cache, which a machine may lack.
+    """
+    compiled = _probe_kernel.warmup(torch.float32, grid=(1,), **_COMPILED)
+    if hasattr(compiled, "result"):  # under Triton's asynchronous compilation
+        compiled = compiled.result()
+    Compiled(compiled, (1, 1, 1))
 
 
 def hooked() -> bool:

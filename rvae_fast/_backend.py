@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
@@ -161,6 +162,22 @@ def _why_not(name: str) -> str | None:
             return (
                 "there is no GPU that torch can use (torch.cuda.is_available() is False) and TRITON_INTERPRET is not 1"
             )
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return _triton_fails()
+    return None
+
+
+BROKEN = "Triton is installed and cannot compile a kernel"
+
+
+def _triton_fails() -> str | None:
+    """Why Triton fails on this GPU, which takes it a C compiler and a folder for its cache; None if it does not."""
+    try:
+        from rvae_fast.kernels import launch
+
+        launch.probe()
+    except Exception as error:  # whatever it is: the reference does not need Triton
+        return f"{BROKEN} ({type(error).__name__}: {error}); does it find a C compiler and Python's headers?"
     return None
 
 
@@ -168,9 +185,12 @@ _availability: dict[str, bool] = {}
 
 
 def is_available(name: str) -> bool:
-    """Whether a backend can run here; looked up once."""
+    """Whether a backend can run here; looked up once, with a warning where it should and cannot."""
     if name not in _availability:
-        _availability[name] = _why_not(name) is None
+        reason = _why_not(name)
+        _availability[name] = reason is None
+        if reason is not None and reason.startswith(BROKEN):
+            warnings.warn(f"rvae_fast runs on plain PyTorch: {reason}", RuntimeWarning, stacklevel=2)
     return _availability[name]
 
 

@@ -113,7 +113,7 @@ def _backends(report: Diagnosis) -> None:
     from rvae_fast import _backend
 
     for name, reason in _backend.available_backends().items():
-        broken = name == "native" and reason is not None and _native.exists()
+        broken = reason is not None and (_native.exists() if name == "native" else reason.startswith(_backend.BROKEN))
         report.add(
             "backends",
             name,

@@ -55,6 +55,31 @@ def test_unavailable_backend_says_why(monkeypatch) -> None:
         assert _backend.choose("op", "cpu", {"native": ("cpu",)}) == "reference"
 
 
+def test_a_gpu_on_which_triton_fails(monkeypatch) -> None:
+    """A machine without a C compiler, or with a home that cannot be written to: plain PyTorch, and said once."""
+    launch = pytest.importorskip("rvae_fast.kernels.launch", reason="triton is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_backend, "_availability", {})
+
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(launch, "probe", fail)
+    with _backend.backend("auto"):
+        with pytest.warns(
+            RuntimeWarning, match="runs on plain PyTorch: Triton is installed .*Failed to find C compiler"
+        ):
+            assert _backend.choose("op", "cuda", {"triton": ("cuda",)}) == "reference"
+        assert _backend.choose("op", "cuda", {"triton": ("cuda",)}) == "reference"
+    with pytest.raises(
+        RuntimeError, match="'triton' is not available: Triton is installed and cannot compile a kernel"
+    ):
+        _backend.backend("triton").__enter__()
+    monkeypatch.setattr(launch, "probe", lambda: None)
+    assert _backend.available_backends()["triton"] is None
+
+
 @pytest.mark.parametrize("name", ["native", "triton"])
 def test_a_graph_may_be_the_first_to_ask(name: str, monkeypatch) -> None:
     """The look-up reads the file system, which the compiler cannot trace."""
