@@ -18,6 +18,8 @@ What the choices rest on, measured on an H200 (``docs/notes/performance.md`` has
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -198,10 +200,21 @@ def _choose(
         if found is None and mode == "tune":
             from . import tuning
 
-            found = tuning.tune(kernel, arithmetic, device, m, n, k)
+            found = _attempted(tuning.tune, kernel, arithmetic, device, m, n, k)
         if found is not None:
             return found
     return heuristic(kernel, among, chip.multiprocessors, m, n, k)
+
+
+def _attempted(measure: Callable[..., Any], *what: Any) -> Any:
+    """What is measured; None, with a warning, where that fails (it takes memory): who asked goes on without."""
+    try:
+        return measure(*what)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        shape = " ".join(map(str, what))
+        warnings.warn(f"rvae_fast could not measure tiles ({shape}): {reason}", RuntimeWarning, stacklevel=2)
+        return None
 
 
 def _merging(arithmetic: str, device: torch.device, rows: int, k: int) -> TileConfig | None:
@@ -279,7 +292,7 @@ def _strategy(
         if found is None and mode == "tune":
             from . import tuning
 
-            found = tuning.tune_strategy(kind, arithmetic, device, rows, width)
+            found = _attempted(tuning.tune_strategy, kind, arithmetic, device, rows, width)
         if found in STRATEGIES:
             return str(found)
     return default_strategy(arithmetic, rows, width)

@@ -50,7 +50,8 @@ def time_on_gpu(function: Callable[[], Any], launches: int | None = None, replay
     if launches is None:
         launches = 8 if start.elapsed_time(end) < 1.0 else 2
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads (that pin the memory of batches, that watch over a process group) may ask CUDA what they like.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(launches):
             function()
     graph.replay()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,32 @@ def test_tuning_runs_every_candidate_and_keeps_the_quickest(kernel: str, folder:
 def test_the_strategy_is_measured_too(kind: str) -> None:
     assert tuning.tune_strategy(kind, "ieee", CPU, 40, 24, timer=timer_for(1), chip=CHIP) == "two-pass"
     assert tile_table.lookup(CHIP, tile_table.key(kind, "ieee", 40, 24)) == "two-pass"
+
+
+def test_a_measurement_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the memory is taken: the call that asked for it goes on by the heuristic, and does not ask again."""
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    calls: list[int] = []
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(tile_table, "chip_of", lambda device: CHIP)
+    monkeypatch.setattr(tuning, "tune", fail)
+    monkeypatch.setattr(tuning, "tune_strategy", fail)
+    with tile_table.tiles("tune"):
+        for expected in (2, 0):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                config = configurations.choose("forward", "half", cuda, 1024, 128, 128)
+                strategy = configurations.strategy(torch.bfloat16, 1024, 128, cuda)
+            assert config in configurations.candidates("forward", "half", 90)
+            assert strategy == configurations.default_strategy("half", 1024, 128)
+            texts = [str(w.message) for w in caught]
+            assert len(texts) == expected
+            assert all("could not measure tiles" in t and t.endswith("Tried to allocate 2 GiB.") for t in texts)
+    assert len(calls) == 2
 
 
 def test_tuning_inside_a_recording_launches_at_once() -> None:
