@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_cells import COMPILED, LATENT, OURS, Cell, Job, model
+from gpu_cells import CALLABLE, COMPILED, LATENT, OURS, Cell, Job, model
 from torch import Tensor, nn
 
 from rvae_fast import ResidualStack, _backend
@@ -69,6 +69,10 @@ def prepare(job: Job, device: torch.device) -> Prepared:
         stack: Any = ResidualStack(cell.width, cell.blocks).to(device)
         run = _compiled(stack, variant, device) if compiles else stack
         x = normal(cell.batch, cell.width, dtype=torch.bfloat16 if cell.dtype == "bf16" else torch.float32)
+        if variant == CALLABLE and device.type == "cuda":
+            # As docs/notes/performance.md has it; the casts are in the graphs.
+            with torch.autocast("cuda", torch.bfloat16, enabled=cell.dtype == "bf16", cache_enabled=False):
+                run = torch.cuda.make_graphed_callables(stack, (x,))
 
         def stage() -> Any:
             _begin_step(variant)

@@ -67,7 +67,8 @@ def test_what_matters_most_comes_first() -> None:
     assert set(first) == set(gpu_cells.KEY)
     deep = [job for job in jobs[1:20] if job.variant.startswith("compile")]
     assert {job.cell for job in deep} == {gpu_cells.KEY[i] for i in (0, 1, 2, 5)}
-    assert {job.variant for job in jobs} == set(gpu_cells.VARIANTS)
+    assert {job.variant for job in jobs} == {*gpu_cells.VARIANTS, gpu_cells.CALLABLE}
+    assert {job.cell.workload for job in jobs if job.variant == gpu_cells.CALLABLE} == {"host overhead"}
     for cell in gpu_cells.KEY:
         variants = {job.variant for job in jobs if job.cell == cell}
         assert variants >= {"rvae_fast", "eager", *gpu_cells.COMPILED}

@@ -345,6 +345,34 @@ def test_training_step_in_a_graph(order: str, cuda: torch.device, triton: torch.
         assert torch.equal(a, b), "running statistics"
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_graphed_callables(order: str, half: bool, cuda: torch.device, triton: torch.device) -> None:
+    """The recipe of docs/notes/performance.md: a stage as two CUDA graphs behind autograd, in a loop of one's own."""
+    stack, batch = make(128, 4, order=order).to(cuda), 1024
+    eager, before = copy.deepcopy(stack), copy.deepcopy(stack.state_dict())
+    sample = torch.randn(batch, 128, device=cuda, requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+        graphed = torch.cuda.make_graphed_callables(stack, (sample,))
+    stack.load_state_dict(before)  # the calls that warm up have moved the running statistics
+    for _ in range(3):
+        x, up = torch.randn(batch, 128, device=cuda), torch.randn(batch, 128, device=cuda)
+        found = []
+        for net in (graphed, eager):
+            rows = x.clone().requires_grad_()
+            net.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                out = net(rows)
+            out.backward(up)
+            found.append([out.detach().clone(), rows.grad, *(p.grad.clone() for p in net.parameters())])
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(stack.buffers(), eager.buffers(), strict=True):
+        assert torch.equal(a, b), "running statistics"
+    with torch.no_grad():  # in evaluation the module runs as it is, whatever the number of rows
+        torch.testing.assert_close(graphed.eval()(x[:7]), eager.eval()(x[:7]))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_by_value(training: bool, cuda: torch.device) -> None:
     torch.compiler.reset()
