@@ -72,7 +72,7 @@ def stack_backward(
     (rows, width), depth = x.shape, len(weights)
     need = (True,) * depth if need_weights is None else tuple(need_weights)
     key = Key(
-        x.device, aligned(x, [grad], weights), rows, width, depth, options, 0.0, x.dtype, weights[0].dtype,
+        x.device, aligned(x, [grad], weights, kept), rows, width, depth, options, 0.0, x.dtype, weights[0].dtype,
         needs_cast(weights, options.dtype), None, None, None, None, True, False, need_x, need,
         *choice(options, x, strategy),
     )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rvae_fast import reference
-from rvae_fast.kernels import configurations
+from rvae_fast.kernels import configurations, residual_stack_backward
 from rvae_fast.kernels.residual_stack import StackOptions, stack_forward
 from rvae_fast.kernels.residual_stack_backward import stack_backward
 
@@ -117,6 +117,23 @@ def test_either_statistics_with_and_without_parameters(
     monkeypatch.setattr(configurations, "strategy", lambda *_: mode)
     state = make(12, 4, affine=affine, bias=affine)
     check(torch.randn(19, 12), state, options_for(order, 2, "tanh", batch_stats=batch_stats))
+
+
+@pytest.mark.parametrize("which", [None, *range(3)])
+def test_kept_tensors_that_begin_anywhere(which: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As hooks on saved tensors may bring them back, cut from one buffer: no kernel takes them for aligned ones."""
+    options, state = options_for("pre", 2, "relu"), make(8, 4)
+    x, grad = torch.randn(2, 21, 8)
+    _, kept = stack_forward(x, *state.values(), EPS, options)
+    if which is not None:
+        flat = torch.empty(kept[which].numel() + 1)[1:]
+        moved = flat.view(kept[which].shape).copy_(kept[which])
+        kept = kept._replace(**{kept._fields[which]: moved})
+    seen: list[bool] = []
+    own = residual_stack_backward._backward_tape
+    monkeypatch.setattr(residual_stack_backward, "_backward_tape", lambda key: seen.append(key.aligned) or own(key))
+    stack_backward(grad, x, state["weights"], kept, options)
+    assert seen == [which is None]
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
