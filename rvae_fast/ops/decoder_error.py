@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rvae_fast import _backend, reference
+from rvae_fast.ops.residual_stack_triton import chip_why_not
 
 _IMPLEMENTED = {"triton": _backend.triton_devices()}
 _COVERED = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,8 +36,14 @@ _library.define(
 _library.impl("decoder_error", reference.decoder_error, "CompositeExplicitAutograd")
 
 
+def _multiplies(x: Tensor) -> bool:
+    """Whether Triton's products are for this device: they know no tensor cores of before compute capability 8.0."""
+    return x.device.type != "cuda" or chip_why_not(x.device.index) is None
+
+
 def _triton_covers(h: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    return h.dtype == weight.dtype and all(t is None or t.dtype in _COVERED for t in (h, weight, *others))
+    covered = h.dtype == weight.dtype and all(t is None or t.dtype in _COVERED for t in (h, weight, *others))
+    return covered and _multiplies(h)
 
 
 def _triton(*inputs: Any) -> Tensor:
@@ -114,7 +121,7 @@ def is_fused(x: Tensor) -> bool:
     name = _backend.current_backend()
     if name not in ("auto", "triton") or x.dtype not in _COVERED or (x.device.type == "cpu" and name == "auto"):
         return False
-    return x.device.type in _IMPLEMENTED["triton"] and _backend.is_available("triton")
+    return x.device.type in _IMPLEMENTED["triton"] and _backend.is_available("triton") and _multiplies(x)
 
 
 def decoder_error(

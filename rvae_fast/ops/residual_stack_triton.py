@@ -29,7 +29,8 @@ _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _chips: dict[int, str | None] = {}
 
 
-def _chip_why_not(index: int) -> str | None:
+def chip_why_not(index: int) -> str | None:
+    """Why no product runs by Triton on a CUDA device, or None."""
     if index not in _chips:
         _chips[index] = _ask_chip(index)
     return _chips[index]
@@ -46,7 +47,7 @@ def _ask_chip(index: int) -> str | None:
 
 # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler, and Triton with it, into
 # every process that only wants a model.
-_chip_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+chip_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def products_dtype(x: Tensor) -> torch.dtype | str:
@@ -70,7 +71,7 @@ def why_not(
 ) -> str | None:
     """Why the kernels do not cover a call (``lists`` as in the schema, each whole or empty), or None if they do."""
     if x.device.type == "cuda":
-        reason = _chip_why_not(x.device.index)
+        reason = chip_why_not(x.device.index)
         if reason is not None:
             return reason
     width, device = x.shape[1], x.device

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,3 +105,20 @@ def test_without_a_backend_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "_availability", {"native": True, "triton": True})
     with _backend.backend("native"), pytest.raises(RuntimeError, match="decoder_error: backend 'native' was asked for"):
         decoder_error(h, weight, bias, x)
+
+
+def test_old_gpus_multiply_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's products know no tensor cores of before compute capability 8.0, and spill kilobytes there."""
+    from rvae_fast.ops import residual_stack_triton
+
+    module = sys.modules[decoder_error.__module__]
+
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+    monkeypatch.setattr(_backend, "_availability", {"triton": True})
+    monkeypatch.setattr(residual_stack_triton, "_chips", {0: None})
+    with _backend.backend("auto"):
+        assert is_fused(x)
+        assert module._triton_covers(x, x)
+        monkeypatch.setattr(residual_stack_triton, "_chips", {0: "devices below compute capability 8.0"})
+        assert not is_fused(x)
+        assert not module._triton_covers(x, x)
