@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from rvae_fast import _detector_options as options
+from rvae_fast import _rng
 from rvae_fast._paths import replaceable
 from rvae_fast._precision import resolve_device
 from rvae_fast._scored import LEARNT, Scored
@@ -113,8 +113,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
         names = getattr(self, "feature_names_in_", None)
         check_finite(chunks(table), names, allow_nan=self.missing != "error")
         # torch's global generator belongs to the user: initialisation draws from a forked one.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _rng.seeded(seed):
             model = self._model_class(table.shape[1], **options.model_options(self, table.shape[1]))
         if self.likelihood == "bernoulli" and self.scaler is None:
             check_unit_range(chunks(table), names)

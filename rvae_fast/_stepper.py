@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,12 +18,21 @@ from rvae_fast._optimizer import Optimizer
 from rvae_fast._precision import autocast
 from rvae_fast._rows import Rows
 from rvae_fast._schedule import Schedule
+from rvae_fast.models import MODELS, Autoencoder
 
 Group = list[tuple[int, int]]
 
 
 def _rows(group: Group) -> int:
     return group[-1][1] - group[0][0]
+
+
+def _may_draw(model: nn.Module) -> bool:
+    """Whether a step may draw random numbers: of the package's models those that sample or drop out, any other."""
+    if type(model) not in MODELS.values():
+        return True
+    assert isinstance(model, Autoencoder)
+    return model.is_variational or any(getattr(module, "dropout", 0.0) for module in model.modules())
 
 
 class Stepper:
@@ -54,6 +64,7 @@ class Stepper:
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = Optimizer(parameters, schedule.config)
         self._direct = DirectGradients(model, parameters)
+        self._draws = _may_draw(model)
         self._looked_for: Tensor | None = None
         self.guard = BufferGuard(model)
         self.order = torch.empty(0, dtype=torch.int64)
@@ -79,10 +90,11 @@ class Stepper:
         NonFiniteError
         """
         try:
-            if self._immediate:
-                self._immediate_step(step, group)
-            else:
-                self._pending.append((step, group, self._deferred_step(step, group)))
+            with _rng.turn() if self._draws else contextlib.nullcontext():
+                if self._immediate:
+                    self._immediate_step(step, group)
+                else:
+                    self._pending.append((step, group, self._deferred_step(step, group)))
         except BaseException:
             if not self.torn:  # in the forward or backward pass: the buffers may have moved, nothing else
                 self.guard.restore()
@@ -193,7 +205,8 @@ class Stepper:
     def _fail(self, step: int, group: Group, values: list[float]) -> None:
         self.guard.restore()
         try:
-            tensor, why = self._diagnose(step, group)
+            with _rng.turn():
+                tensor, why = self._diagnose(step, group)
         finally:
             self.guard.restore()
             self.optimizer.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,16 @@ def _dumped(detector: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(detector, buffer)
     return buffer.getvalue()
+
+
+def test_the_same_seed_in_several_threads(table: np.ndarray) -> None:
+    """Making the network draws from the generator that all threads share."""
+    alone = RVAEDetector(**SMALL).fit(table)
+    fitted = [RVAEDetector(**SMALL) for _ in range(4)]
+    threads = [threading.Thread(target=detector.fit, args=(table,)) for detector in fitted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for detector in fitted:
+        np.testing.assert_array_equal(detector.score_samples(table), alone.score_samples(table))
