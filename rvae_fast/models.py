@@ -33,7 +33,7 @@ from rvae_fast._networks import plain_net, residual_net
 from rvae_fast._norms import untouched, watched
 from rvae_fast.nn import ORDERS, Transition, check_rows
 from rvae_fast.ops import posterior
-from rvae_fast.ops.decoder_error import decoder_error
+from rvae_fast.ops.decoder_error import autocasts, decoder_error
 from rvae_fast.ops.decoder_error import is_fused as has_decoder_error
 from rvae_fast.ops.reconstruction_kld import reconstruction_kld
 from rvae_fast.ops.reparameterise import is_fused, reparameterise
@@ -223,10 +223,11 @@ class Autoencoder(nn.Module):
 
     def _as_decoded(self, z: Tensor) -> Tensor:
         """A code for the decoder: that of a 16-bit VAE comes in fp32, which its layers would refuse."""
-        if z.dtype != torch.float32 or not self.is_variational or torch.is_autocast_enabled(z.device.type):
+        if z.dtype != torch.float32 or not self.is_variational:
             return z
         dtype = next(self.decoder.parameters()).dtype
-        return z.to(dtype) if dtype in (torch.bfloat16, torch.float16) else z
+        half = dtype in (torch.bfloat16, torch.float16)
+        return z.to(dtype) if half and not autocasts(z.device) else z
 
     def forward(self, x: Tensor) -> Output:
         """Reconstruct rows.

@@ -287,6 +287,18 @@ def test_export(model):
     torch.testing.assert_close(program.module()(x).reconstruction, net(x).reconstruction)
 
 
+@pytest.mark.parametrize("model", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_without_data(model, dtype):
+    """On the meta device, as tools do that count parameters, operations or memory beforehand."""
+    net = model(24, latent_features=4, n_layers=4).to("meta", dtype)
+    x = torch.empty(5, 24, device="meta", dtype=dtype)
+    net.loss(x).backward()
+    assert net(x).reconstruction.shape == (5, 24)
+    assert net.anomaly_score(x).shape == (5,)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+
+
 def test_encode_and_decode():
     x = torch.randn(4, 12)
     vae = RVAE(12, 3, n_layers=4, likelihood="bernoulli").eval()

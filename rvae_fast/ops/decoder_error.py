@@ -124,6 +124,11 @@ def is_fused(x: Tensor) -> bool:
     return x.device.type in _IMPLEMENTED["triton"] and _backend.is_available("triton") and _multiplies(x)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; never on "meta", of which torch refuses the question."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def decoder_error(
     h: Tensor,
     weight: Tensor,
@@ -183,7 +188,7 @@ def decoder_error(
             raise ValueError(
                 f"decoder_error: {name} must have shape [features] = [{weight.shape[0]}], got {list(vector.shape)}"
             )
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device):
         dtype = torch.get_autocast_dtype(x.device.type)
         if h.dtype != torch.float64 and weight.dtype != torch.float64:
             h, weight = h.to(dtype), weight.to(dtype)

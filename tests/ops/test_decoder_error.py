@@ -122,3 +122,8 @@ def test_old_gpus_multiply_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(residual_stack_triton, "_chips", {0: "devices below compute capability 8.0"})
         assert not is_fused(x)
         assert not module._triton_covers(x, x)
+
+
+def test_on_the_meta_device() -> None:
+    h, weight, x = (torch.empty(shape, device="meta") for shape in ((5, 3), (7, 3), (5, 7)))
+    assert decoder_error(h, weight, None, x).shape == (5,)
