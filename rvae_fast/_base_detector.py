@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator
@@ -84,13 +85,14 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
 
     def _learn(self, X: Any) -> NDArray[np.float64]:
         """What ``fit`` does; returns the training rows' anomaly scores."""
-        with unless_refused(self):
-            table, config, model, scaler = self._prepare(X)
-        for name in ("offset_", *LEARNT):  # not fitted until the end, whatever was before
-            self.__dict__.pop(name, None)
-        self.scaler_, self.model_ = scaler, model.eval()
-        self.history_, self.n_iter_ = History(), 0  # an earlier fit's is of another network
-        with scaled_table(table, self._scaled_parts(table)) as rows:
+        with contextlib.ExitStack() as stack:
+            with unless_refused(self):
+                table, config, model, scaler = self._prepare(X)
+                for name in ("offset_", *LEARNT):  # not fitted until the end, whatever was before
+                    self.__dict__.pop(name, None)
+                self.scaler_, self.model_ = scaler, model.eval()
+                self.history_, self.n_iter_ = History(), 0  # an earlier fit's is of another network
+                rows = stack.enter_context(scaled_table(table, self._scaled_parts(table)))  # a disk may be full
             try:
                 self.history_ = train(model, rows, config, resume=self.resume)
             except KeyboardInterrupt as interrupt:  # what is trained is not lost: fit_score makes a detector of it

@@ -6,6 +6,8 @@ saved detector holds.
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -174,6 +176,7 @@ def scaled_table(table: NDArray[Any], parts: Iterable[NDArray[np.float32]]) -> I
     with tempfile.TemporaryFile(prefix="rvae_fast_") as file:
         rows: NDArray[np.float32]
         if is_mapped(table):
+            _reserve(file, 4 * table.shape[0] * table.shape[1])
             rows = np.memmap(file, dtype=np.float32, mode="w+", shape=table.shape)
         else:
             rows = np.empty(table.shape, dtype=np.float32)
@@ -182,6 +185,23 @@ def scaled_table(table: NDArray[Any], parts: Iterable[NDArray[np.float32]]) -> I
             rows[start : start + len(part)] = part
             start += len(part)
         yield rows
+
+
+def _reserve(file: Any, size: int) -> None:
+    """Have a file's blocks before it is mapped: on a full disk, writing to a page without one kills the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # not on this file system
+            return
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: the scaled rows of a memory-mapped table take {size / 1e6:,.1f} MB in a temporary "
+            "file; TMPDIR names another folder for it",
+            tempfile.gettempdir(),
+        ) from error
 
 
 def is_mapped(array: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,28 @@ def test_a_refused_fit_leaves_the_detector_as_it_was(what: str, tmp_path: Path) 
     np.testing.assert_array_equal(detector.score_samples(X), expected)
     detector.set_params(**given).save(tmp_path / "kept.safetensors")
     np.testing.assert_array_equal(rvae_fast.load(tmp_path / "kept.safetensors").score_samples(X), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no os.posix_fallocate here")
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a memory-mapped table the scaled rows are mapped too: on a full disk, writing them killed the process."""
+    detector = RVAEDetector(epochs=2, random_state=0).fit(X)
+    expected, sizes = detector.score_samples(X), []
+    np.save(tmp_path / "table.npy", X)
+    mapped = np.load(tmp_path / "table.npy", mmap_mode="r")
+
+    def allocate(file: int, start: int, size: int) -> None:
+        sizes.append(size)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    code = errno.ENOSPC
+    with pytest.raises(OSError, match=r"No space left.*take 0\.0 MB in a temporary file; TMPDIR"):
+        detector.fit(mapped)
+    assert sizes == [4 * X.size]
+    np.testing.assert_array_equal(detector.score_samples(X), expected)
+    code = errno.EOPNOTSUPP  # of a file system that cannot reserve
+    np.testing.assert_array_equal(detector.fit(mapped).score_samples(X), expected)
 
 
 def test_a_warning_that_is_an_error_is_a_refusal() -> None:
