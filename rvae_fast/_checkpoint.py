@@ -25,7 +25,12 @@ def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[
 
     Written beside it, flushed to the disk and renamed over it: whenever the process or the machine stops, ``path``
     holds the old state or the new one, whole.
+
+    Raises
+    ------
+    OSError
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +45,10 @@ def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[
         seen.add(value.data_ptr())
     record = {"format": FORMAT, "version": VERSION, **header}
     try:
-        save_file(flat, partial, metadata={_KEY: json.dumps(record)})
+        try:
+            save_file(flat, partial, metadata={_KEY: json.dumps(record)})
+        except SafetensorError as error:  # which is no OSError, whatever the file system has said
+            raise OSError(f"checkpoint {os.fspath(path)!r} cannot be written: {error}") from error
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)

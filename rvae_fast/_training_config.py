@@ -75,7 +75,8 @@ class TrainingConfig:
     progress : bool, default False
         A progress bar in a terminal, a line every few seconds elsewhere, on standard error.
     checkpoint : path or None, default None
-        File that the state of the run is kept in, replaced atomically.
+        File that the state of the run is kept in, replaced atomically. Where it cannot be written at the start, that is
+        an error; later, on a disk that has become full, a warning.
     checkpoint_every : int, default 1
         How often, in ``checkpoint_unit``.
     checkpoint_unit : {"epochs", "steps"}, default "epochs"

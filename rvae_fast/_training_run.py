@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -132,7 +133,7 @@ class Run:
             self.history.interrupted = True
             error.history = self.history  # type: ignore[union-attr]
             if isinstance(error, KeyboardInterrupt) and self.config.checkpoint is not None and not self.stepper.torn:
-                self._save()
+                self._save_if_possible()
             raise
         finally:
             progress.close()
@@ -153,7 +154,7 @@ class Run:
             self.group += 1
             progress.advance()
             if by_steps and (self.epoch * steps + self.group) % config.checkpoint_every == 0:
-                self._save()
+                self._save_if_possible()
             interrupt.check()
         self.stepper.read()
 
@@ -204,7 +205,7 @@ class Run:
         if config.checkpoint is not None:
             due = config.checkpoint_unit == "epochs" and self.epoch % config.checkpoint_every == 0
             if final or due:
-                self._save()
+                self._save_if_possible()
         progress.epoch(row, last=final)
 
     @torch.no_grad()
@@ -271,6 +272,13 @@ class Run:
             "history": self.history.summary(),
         }
         _checkpoint.save(str(self.config.checkpoint), tensors, header)
+
+    def _save_if_possible(self) -> None:
+        """Save; hours of training are worth more than their checkpoint, so a full disk is a warning."""
+        try:
+            self._save()
+        except OSError as error:
+            warnings.warn(f"{error}; the training goes on, with the checkpoint of before", RuntimeWarning, stacklevel=2)
 
     def _restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         path = str(self.config.checkpoint)

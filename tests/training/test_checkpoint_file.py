@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from rvae_fast import _checkpoint
@@ -74,6 +75,41 @@ def test_a_failed_write_leaves_the_old_file(model, table, tmp_path: Path, monkey
         train(model(), table(40), config)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("unit", ["epochs", "steps"])
+def test_a_disk_that_becomes_full_costs_no_training(
+    model, table, same, unit: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    path, written = tmp_path / "run", []
+    config = TrainingConfig(**BASE, checkpoint=str(path), checkpoint_unit=unit)
+    net, unbroken, save_file = model(), model(), safetensors.torch.save_file
+
+    def full(*arguments: Any, **named: Any) -> None:
+        written.append(len(written))
+        if len(written) > 1:
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(*arguments, **named)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.warns(RuntimeWarning, match=r"run' cannot be written: .*No space left.*; the training goes on"):
+        history = train(net, table(40), config)
+    assert len(written) > 2
+    monkeypatch.undo()
+    train(unbroken, table(40), TrainingConfig(**BASE))
+    same(unbroken, net)
+    assert len(history.epochs) == config.epochs
+    train(other := model(seed=1), table(40), config, resume=True)  # from the checkpoint of before
+    same(unbroken, other)
+
+
+def test_no_room_for_the_first_checkpoint_is_an_error(model, table, tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match=r"checkpoint '.*run' cannot be written"):
+        train(model(), table(40), TrainingConfig(**BASE, checkpoint=str(tmp_path / "run")))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes as POSIX has them")
