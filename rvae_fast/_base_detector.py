@@ -31,7 +31,7 @@ from rvae_fast._validation import (
 from rvae_fast.models import Autoencoder
 from rvae_fast.preprocessing import Scaler, chunks, fit_scaler, scaled_table
 from rvae_fast.scoring import network_rows
-from rvae_fast.training import History, train
+from rvae_fast.training import History, NonFiniteError, train
 
 
 class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  # type: ignore[misc]
@@ -73,7 +73,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
             Naming the parameter or the columns at fault, what came and what was expected. A detector that was fitted
             before is then as it was.
         rvae_fast.training.NonFiniteError
-            When the loss or a gradient becomes NaN or infinite.
+            When the loss or a gradient becomes NaN or infinite. ``model_`` is then the network of the step before.
         KeyboardInterrupt
             By Ctrl-C, which waits for the end of a step. ``model_`` is the network as that step left it, and
             :meth:`fit_score` of the same rows makes a fitted detector of it.
@@ -95,8 +95,8 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
                 rows = stack.enter_context(scaled_table(table, self._scaled_parts(table)))  # a disk may be full
             try:
                 self.history_ = train(model, rows, config, resume=self.resume)
-            except KeyboardInterrupt as interrupt:  # what is trained is not lost: fit_score makes a detector of it
-                if isinstance(history := getattr(interrupt, "history", None), History):
+            except (KeyboardInterrupt, NonFiniteError) as error:  # what is trained is not lost: see fit_score
+                if isinstance(history := getattr(error, "history", None), History):
                     self.history_, self.n_iter_ = history, len(history.epochs)
                 raise
             self.n_iter_ = len(self.history_.epochs)

@@ -6,11 +6,11 @@ saved detector holds.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,12 +170,13 @@ def _medians(x: Any) -> NDArray[np.float64]:
     return np.array([np.nanmedian(np.asarray(x[:, j], dtype=np.float64)) for j in range(x.shape[1])])
 
 
-@contextmanager
+@contextlib.contextmanager
 def scaled_table(table: NDArray[Any], parts: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
     """The scaled chunks of ``table`` as one array: in memory or, if the table is memory-mapped, in a temporary file."""
-    with tempfile.TemporaryFile(prefix="rvae_fast_") as file:
+    with contextlib.ExitStack() as stack:
         rows: NDArray[np.float32]
         if is_mapped(table):
+            file = stack.enter_context(tempfile.TemporaryFile(prefix="rvae_fast_"))
             _reserve(file, 4 * table.shape[0] * table.shape[1])
             rows = np.memmap(file, dtype=np.float32, mode="w+", shape=table.shape)
         else:

@@ -144,7 +144,7 @@ def fit(
     from rvae_fast.cli.columns import learnt_names, tell_columns
     from rvae_fast.cli.defaults import starting_parameters
     from rvae_fast.cli.fit_report import FEW_ROWS, check_folds_of_file, write_fit_report
-    from rvae_fast.cli.interrupted import keep_trained, keep_what_there_is, name_columns
+    from rvae_fast.cli.interrupted import keep_trained, keep_what_there_is, name_columns, save_trained
     from rvae_fast.cli.members import checkpoint_files, summary
     from rvae_fast.cli.run import split_names, told_of_file
     from rvae_fast.cli.source import binary_labels, frame, open_source, parse_shape
@@ -170,7 +170,6 @@ def fit(
         usage_error("needs --label, the column of these values", "--anomaly-value")
 
     from rvae_fast import detector as detectors
-    from rvae_fast.serialization import save
 
     detector_class = getattr(detectors, f"{model.value.upper()}Detector")
     known = inspect.signature(detector_class.__init__).parameters
@@ -250,8 +249,7 @@ def fit(
                 raise
         fitted = getattr(detector, "estimators_", [detector])
         name_columns((detector, *fitted), names)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save(detector, out)
+        save_trained(detector, out)
         page = None
         if report is not None:
             page = write_fit_report(report, detector, table, truth, source, shape or source.image_shape, seconds)

@@ -1,8 +1,9 @@
-"""What is kept of a training that Ctrl-C ended and that has no checkpoint."""
+"""What is kept of a training that Ctrl-C ended and that has no checkpoint, or whose model has no room on the disk."""
 
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,39 @@ def keep_trained(detector: Any, names: Sequence[str] | None, out: Path) -> None:
     note(f"wrote {path}, its threshold by the training rows; rvae-fast calibrate places another")
 
 
+def save_trained(detector: Any, out: Path) -> None:
+    """Save a detector or ensemble; where ``out`` cannot be written any more, in the folder for temporary files.
+
+    Raises
+    ------
+    OSError
+        Where ``out`` could not be written, saying where the model is if it is saved.
+    """
+    from rvae_fast.serialization import save
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save(detector, out)
+    except OSError as error:
+        path = _free(Path(tempfile.gettempdir()), out, "kept")
+        try:
+            save(detector, path)
+        except OSError:
+            raise error from None
+        raise OSError(f"{out} cannot be written: {error.strerror or error}; the trained model is in {path}") from error
+
+
+def _free(folder: Path, out: Path, word: str) -> Path:
+    """The name of ``out`` with a word in it, numbered where it is taken."""
+    names = (f"{out.stem}.{word}{number}{out.suffix}" for number in itertools.chain([""], itertools.count(2)))
+    return next(path for name in names if not (path := folder / name).exists())
+
+
 def _save_beside(detector: Any, names: Sequence[str] | None, out: Path) -> Path:
     from rvae_fast.serialization import save
 
     name_columns((detector, *getattr(detector, "estimators_", ())), names)
-    names_tried = (
-        f"{out.stem}.interrupted{number}{out.suffix}" for number in itertools.chain([""], itertools.count(2))
-    )
-    path = next(path for name in names_tried if not (path := out.with_name(name)).exists())
+    path = _free(out.parent, out, "interrupted")
     path.parent.mkdir(parents=True, exist_ok=True)
     save(detector, path)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rvae_fast import serialization
 from rvae_fast._stepper import Stepper
 from rvae_fast.presets import ENSEMBLES, PRESETS, preset
 from rvae_fast.serialization import load
@@ -344,3 +346,26 @@ def test_ctrl_c_keeps_what_there_is(
     assert kept.read_bytes() == first
     result = run("fit", table, *quick, "--checkpoint", tmp_path / "c", code=130)
     assert "wrote" not in result.stderr, "it can be resumed"
+
+
+def test_a_model_without_room_goes_elsewhere(
+    table: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is over, and may have taken hours."""
+    out, elsewhere, write = tmp_path / "m.safetensors", tmp_path / "elsewhere", serialization._write
+
+    def full(path: Path, *arguments: Any) -> None:
+        if path == out:
+            raise OSError(28, "No space left on device")
+        write(path, *arguments)
+
+    elsewhere.mkdir()
+    monkeypatch.setattr(serialization, "_write", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    quick = ("--label", "faulty", "--id", "serial", *QUICK, "-o", out)
+    result = run("fit", table, *quick, code=1)
+    kept = elsewhere / "m.kept.safetensors"
+    assert f"{out} cannot be written: No space left on device; the trained model is in {kept}" in result.stderr
+    run("score", kept, table, "--id", "serial", "-o", tmp_path / "scores.csv")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert "error: No space left" in run("fit", table, *quick, code=1).stderr.replace("[Errno 28] ", "")

@@ -233,3 +233,12 @@ def test_the_same_seed_in_several_threads(table: np.ndarray) -> None:
         thread.join()
     for detector in fitted:
         np.testing.assert_array_equal(detector.score_samples(table), alone.score_samples(table))
+
+
+def test_a_training_that_diverges_leaves_its_last_good_network(table: np.ndarray) -> None:
+    detector = RVAEDetector(**SMALL | {"epochs": 30}, learning_rate=1e6, max_grad_norm=None, scaler=None)
+    with pytest.raises(NonFiniteError) as caught:
+        detector.fit(table)
+    assert len(detector.history_.steps) == caught.value.step - 1
+    assert detector.n_iter_ == len(detector.history_.epochs)
+    assert all(bool(p.isfinite().all()) for p in detector.model_.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,12 @@ def test_scaled_table_of_a_memory_map_is_on_disk(tmp_path: Path, table: np.ndarr
         with scaled_table(source, (part.transform(chunk) for chunk in chunks(source, 100))) as rows:
             assert is_mapped(rows) is on_disk
             np.testing.assert_array_equal(rows, part.transform(table[:, 1:3]))
+
+
+def test_a_table_in_memory_needs_no_temporary_folder(table: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with scaled_table(table, [table.astype(np.float32)]) as rows:
+        assert rows.shape == table.shape
 
 
 def test_chunks_are_bounded_in_bytes() -> None:
