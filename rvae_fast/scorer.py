@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rvae_fast import _native
+from rvae_fast import _backend, _native
 from rvae_fast._activations import ACTIVATIONS
 from rvae_fast._covered import covers
 from rvae_fast._program import steps_of, write
@@ -89,7 +89,8 @@ class Scorer:
         Those of :data:`rvae_fast.pathway.PATHWAYS` that :meth:`pathway` goes.
     backend : {"native", "reference"}
         ``"reference"`` where the native kernels do not cover the model (no native module, fp64 parameters, modules of
-        other kinds or in another order than the models are built of): a copy of the model then scores in plain PyTorch.
+        other kinds or in another order than the models are built of), or another backend is in force
+        (:class:`rvae_fast.backend`): a copy of the model then scores in plain PyTorch.
 
     Notes
     -----
@@ -104,7 +105,7 @@ class Scorer:
         self._likelihood = model.likelihood
         self._ends = ends(model)
         self._model: Autoencoder | None = None
-        if not (_HAS_KERNELS and covers(model)):
+        if _backend.choose("score", "cpu", IMPLEMENTED) != "native" or not covers(model):
             self.backend, self.pathways = "reference", tuple(PATHWAYS)
             self._model = copy.deepcopy(model).eval().requires_grad_(False)
             return
@@ -281,6 +282,8 @@ def freeze(model: Autoencoder, precision: str = "auto") -> Scorer:
     ValueError
         An unknown precision, bf16 where the CPU has no bf16 products, or a BatchNorm without running statistics (it has
         no fixed transformation to fold).
+    RuntimeError
+        A backend is in force that has no scorer (``"triton"``).
 
     Examples
     --------

@@ -270,6 +270,16 @@ def test_fp64_models_score_by_the_reference() -> None:
         torch.testing.assert_close(got[name], right.float(), msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_the_backend_in_force_is_taken() -> None:
+    model, x = RVAE(12, 3, n_layers=4).eval(), torch.rand(9, 12)
+    with rvae_fast.backend("reference"):
+        scorer = freeze(model)
+    assert scorer.backend == "reference"
+    torch.testing.assert_close(scorer(x), freeze(model)(x))
+    with rvae_fast.backend("reference"):
+        assert torch.equal(scorer(x), model.anomaly_score(x))
+
+
 def test_many_threads_at_once() -> None:
     scorer = freeze(make(RVAE, 65))
     inputs = [torch.randn(40 + i, 65) for i in range(6)]
