@@ -200,6 +200,12 @@ class Stepper:
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.precision, self.rows.device):
             error, kld = self.model.loss_terms(x)  # type: ignore[operator]
+        for name, term in (("error", error), ("kld", kld)):
+            if list(term.shape) != [x.shape[0]]:  # a mean would be divided by the number of rows once more
+                raise ValueError(
+                    f"model.loss_terms must return one error and one kld a row, each of shape [{x.shape[0]}]; "
+                    f"{name} has {list(term.shape)}"
+                )
         return error, kld
 
     def _fail(self, step: int, group: Group, values: list[float]) -> None:

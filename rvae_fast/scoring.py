@@ -163,6 +163,9 @@ def _check(
         model.to(at)
     if x.ndim != 2 or x.shape[1] != model.in_features:
         raise ValueError(f"x must have shape [n, {model.in_features}], got {list(x.shape)}")
+    is_real = not x.is_complex() if isinstance(x, Tensor) else x.dtype.kind in "fiub"
+    if not is_real:
+        raise TypeError(f"x must be a table of real numbers, got dtype {x.dtype}")
     return at
 
 

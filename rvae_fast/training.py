@@ -91,6 +91,8 @@ def train(
         raise TypeError(f"config must be a TrainingConfig, got {type(config).__name__}")
     if not isinstance(model, nn.Module) or not callable(getattr(model, "loss_terms", None)):
         raise TypeError(f"model must be an nn.Module with loss_terms(x), such as RVAE, got {type(model).__name__}")
+    if not hasattr(model, "in_features"):
+        raise TypeError(f"model must have in_features, the width of a row; {type(model).__name__} has none")
     check_resume(resume, config)
     device = resolve_device(config.device, model)
     run = Run(model, data, config, validation, device, resume, callbacks)

@@ -133,6 +133,11 @@ class Source:
             told = str(error) if self.path is None else str(error).replace(str(self.path), self.name)
             if self.by_model:
                 told = re.sub(r": columns ('.*?') is not a column", r": the model's column \1 is not in it", told)
+                told = re.sub(
+                    r"('.*?') is both in columns and the (label|id); a feature must not be either",
+                    r"\1 was a feature when the model was fitted (leave it out there), and cannot be the \2 now",
+                    told,
+                )
             if told == str(error):
                 raise
             raise ValueError(told) from error

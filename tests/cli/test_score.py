@@ -260,6 +260,9 @@ def test_other_wrong_input(model: Path, table: Path, tmp_path: Path, run: Run) -
     missing = tmp_path / "missing.csv"
     missing.write_text("temp,flow,load\n1,2,3\n")
     assert "missing.csv: the model's column 'pressure' is not in it" in run("score", model, missing, code=1).stderr
+    learnt = "table.csv: 'load' was a feature when the model was fitted (leave it out there), and cannot be the "
+    assert learnt + "id now" in run("score", model, table, "--id", "load", code=1).stderr
+    assert learnt + "label now" in run("evaluate", model, table, "--label", "load", code=1).stderr
     holes = write_csv(tmp_path / "holes.csv", np.where(X[2, 1] == X, np.nan, X))
     error = run("score", model, holes, code=1).stderr
     assert "holes.csv contains 1 NaN" in error

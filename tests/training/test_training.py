@@ -219,11 +219,30 @@ def test_log_variance_stays_safe(model, table) -> None:
     assert -20.1 < float(logvar.min()) < float(logvar.max()) < 10.1
 
 
+class Means(nn.Module):
+    """Somebody's own model, with the loss of the batch in place of the rows'."""
+
+    def __init__(self, in_features: int | None) -> None:
+        super().__init__()
+        if in_features is not None:
+            self.in_features = in_features
+        self.layer = nn.Linear(6, 6)
+
+    def loss_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.layer(x) - x).square().sum(1).mean(), x.new_zeros(())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
         ({"config": {"epochs": 1}}, TypeError, "^config must be a TrainingConfig, got dict"),
         ({"model": nn.Linear(6, 6)}, TypeError, "^model must be an nn.Module with loss_terms"),
+        ({"model": Means(None)}, TypeError, "^model must have in_features, the width of a row; Means has none"),
+        (
+            {"model": Means(6)},
+            ValueError,
+            r"^model.loss_terms must return one error .* of shape \[\d+\]; error has \[\]",
+        ),
         ({"resume": "yes"}, ValueError, "^resume must be True, False or 'auto', got 'yes'"),
         ({"resume": True}, ValueError, "^config.checkpoint must be a path when resume is set"),
         ({"config": TrainingConfig(patience=3)}, ValueError, "^patience needs validation data"),
