@@ -19,6 +19,7 @@ from rvae_fast import _rng
 from rvae_fast._paths import replaceable
 from rvae_fast._precision import resolve_device
 from rvae_fast._scored import LEARNT, Scored
+from rvae_fast._threads import alone_in_a_child
 from rvae_fast._training_config import TrainingConfig, check_resume
 from rvae_fast._validation import (
     check_choice,
@@ -86,6 +87,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
     def _learn(self, X: Any) -> NDArray[np.float64]:
         """What ``fit`` does; returns the training rows' anomaly scores."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(alone_in_a_child(training=True))
             with unless_refused(self):
                 table, config, model, scaler = self._prepare(X)
                 for name in ("offset_", *LEARNT):  # not fitted until the end, whatever was before
@@ -152,7 +154,8 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
             For a table of another width or other columns, or with values not finite, naming the columns.
         """
         table = self._check(X)
-        return -np.concatenate(list(self._scores(self._scaled_parts(table))))
+        with alone_in_a_child():
+            return -np.concatenate(list(self._scores(self._scaled_parts(table))))
 
     def transform(self, X: Any) -> NDArray[Any]:
         """The code of each row ``[n_rows, latent_features]`` (for a VAE its mean), fp32 for fp32 input, else fp64."""

@@ -12,6 +12,7 @@ from sklearn.exceptions import NotFittedError
 
 from rvae_fast import _detector_options as options
 from rvae_fast._progress import watched
+from rvae_fast._threads import alone_in_a_child
 from rvae_fast._thresholded import Self, Thresholded
 from rvae_fast._validation import check_table
 from rvae_fast._whitening import held_out
@@ -114,7 +115,7 @@ class Scored(Thresholded):
         options.check_views(self, table.shape[1], self.scaler_.kind)
         before = self._learnt()
         try:
-            with scaled_table(table, self._scaled_parts(table)) as rows:
+            with alone_in_a_child(), scaled_table(table, self._scaled_parts(table)) as rows:
                 return self._learn_score(rows, "rows", "")
         except BaseException:  # an interrupt too
             self._restore(before)

@@ -17,6 +17,7 @@ from rvae_fast._activations import ACTIVATIONS
 from rvae_fast._covered import covers
 from rvae_fast._program import steps_of, write
 from rvae_fast._taps import COVERED, ends, taps
+from rvae_fast._threads import alone_in_a_child
 from rvae_fast._validation import check_choice
 from rvae_fast.models import Autoencoder
 from rvae_fast.ops.residual_stack import HAS_BF16_PRODUCTS
@@ -305,7 +306,8 @@ def freeze(model: Autoencoder, precision: str = "auto") -> Scorer:
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm1d) and module.running_mean is None:
             raise ValueError(f"model: {name} has no running statistics, so that rows cannot be scored one by one")
-    return Scorer(model, "fp32" if precision == "auto" else precision)
+    with alone_in_a_child():
+        return Scorer(model, "fp32" if precision == "auto" else precision)
 
 
 def freezable(model: nn.Module, precision: str = "auto") -> bool:

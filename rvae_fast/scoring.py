@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rvae_fast._frozen import frozen
+from rvae_fast._threads import alone_in_a_child
 from rvae_fast._validation import check_choice
 from rvae_fast.models import in_eval
 from rvae_fast.pathway import reconstruct
@@ -122,9 +123,10 @@ def network_rows(
     """
     check_choice("result", result, RESULTS)
     at = _check(model, x, batch_size, device, precision)
-    scorer = frozen(model, precision) if at.type == "cpu" else None
-    if scorer is not None:
-        return _by_scorer(scorer, x, result, kld_weight)
+    with alone_in_a_child():
+        scorer = frozen(model, precision) if at.type == "cpu" else None
+        if scorer is not None:
+            return _by_scorer(scorer, x, result, kld_weight)
 
     def by_model(rows: Tensor) -> Tensor:
         net: Any = model
@@ -188,7 +190,7 @@ def map_rows(
     dtype = next(model.parameters()).dtype
     out: NDArray[np.float64] | None = None
     cast = torch.autocast(at.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-    with torch.inference_mode(), cast:
+    with alone_in_a_child(), torch.inference_mode(), cast:
         for start in range(0, x.shape[0], batch_size):
             rows = _batch(x[start : start + batch_size], at, dtype)
             n = rows.shape[0]

@@ -17,6 +17,7 @@ from rvae_fast._history import History
 from rvae_fast._nonfinite import NonFiniteError
 from rvae_fast._precision import resolve_device
 from rvae_fast._rates import default_learning_rate
+from rvae_fast._threads import alone_in_a_child
 from rvae_fast._training_config import TrainingConfig, check_resume
 from rvae_fast._training_run import Callback, Run
 
@@ -77,6 +78,9 @@ def train(
     Rows are shuffled anew every epoch; within a batch they are in the order of the table. A single row left over joins
     the batch before it. The validation loss is that of the model in eval mode, at the full KL weight.
 
+    In a child of ``os.fork`` whose parent has trained or scored, where PyTorch's threads would be waited for for ever,
+    one thread does it all. A process that was spawned has them.
+
     Examples
     --------
     >>> import torch
@@ -95,6 +99,7 @@ def train(
         raise TypeError(f"model must have in_features, the width of a row; {type(model).__name__} has none")
     check_resume(resume, config)
     device = resolve_device(config.device, model)
-    run = Run(model, data, config, validation, device, resume, callbacks)
-    with _rng.fork(device):
-        return run.go()
+    with alone_in_a_child(training=True):
+        run = Run(model, data, config, validation, device, resume, callbacks)
+        with _rng.fork(device):
+            return run.go()
