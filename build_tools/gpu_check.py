@@ -166,7 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds in all")
     parser.add_argument("--out", help="folder of the results (default: the benchmark's)")
-    parser.add_argument("--only", default="", help="tests whose names match (pytest -k), and cells that do")
+    parser.add_argument("--tests", default="", help="tests whose names match (an expression of pytest -k)")
+    parser.add_argument("--only", default="", help="cells that match (a regular expression on 'cell: variant')")
     parser.add_argument("--no-install", action="store_true", help="rvae_fast is installed already")
     parser.add_argument("--no-tests", action="store_true", help="compile the rivals, and measure")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU: interpreter, toy sizes; proves the scripts")
@@ -218,7 +219,7 @@ def measure(options: argparse.Namespace, environment: dict[str, str], began: flo
             if not options.dry_run and not missing({"xdist": ""}):
                 testers = max(1, min(TESTERS, (os.cpu_count() or 1) // 2))
                 tests += ["-n", str(testers), "--dist", "worksteal", "--max-worker-restart", "20"]
-            tests += ["-k", options.only] * bool(options.only)
+            tests += ["-k", options.tests] * bool(options.tests)
             log = Path(options.out or SCRATCH).absolute() / "gpu-tests.txt"
             log.parent.mkdir(parents=True, exist_ok=True)
             log.unlink(missing_ok=True)

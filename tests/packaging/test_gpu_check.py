@@ -72,6 +72,16 @@ def test_installs_tests_and_measures_without_network(commands: list[list[str]], 
     assert 200 < float(bench[bench.index("--budget") + 1]) <= gpu_check.TOTAL
 
 
+def test_tests_and_cells_are_chosen_apart(commands: list[list[str]], monkeypatch: Any) -> None:
+    """A cell's name is no expression of pytest's, and pytest fails where no test is left."""
+    cell = "train, W = 128, B = 1024, 50 blocks: rvae_fast$"
+    assert gpu_check.main(["--dry-run", "--no-install", "--tests", "hopper", "--only", cell]) == 0
+    tests, bench = commands[2], commands[-1]
+    assert tests[tests.index("-k") + 1] == "hopper"
+    assert bench[bench.index("--only") + 1] == cell
+    assert cell not in tests
+
+
 def test_a_failure_fails_the_whole_and_still_measures(commands: list[list[str]], monkeypatch: Any, capsys: Any) -> None:
     own = gpu_check.run
 
