@@ -103,3 +103,20 @@ def test_missing_values_are_filled_from_the_training_table(fill: str, table: np.
     row, filled = table[:1].copy(), table[:1].copy()
     row[0, 4], filled[0, 4] = np.nan, expected[4]
     np.testing.assert_array_equal(detector.score_samples(row), detector.score_samples(filled))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
+def test_what_is_masked_is_missing(dtype: type, table: np.ndarray) -> None:
+    """NumPy's conversions forget the mask, and the sentinels under it would be values."""
+    values = np.round(table * 100).astype(dtype)
+    mask = np.zeros(values.shape, dtype=bool)
+    mask[::7, 2] = True
+    holed = np.where(mask, np.nan, values.astype(dtype if dtype == np.float32 else np.float64))
+    values[mask] = -9999
+    masked = np.ma.masked_array(values, mask)
+    with pytest.raises(ValueError, match=r"43 NaN .* in column 2 \(43 NaN\)"):
+        RVAEDetector(**SMALL).fit(masked)
+    a, b = (RVAEDetector(**SMALL, missing="median").fit(x) for x in (masked, holed))
+    np.testing.assert_array_equal(a.score_samples(masked), b.score_samples(holed))
+    whole = np.ma.masked_array(values)
+    np.testing.assert_array_equal(a.score_samples(whole), a.score_samples(values))
