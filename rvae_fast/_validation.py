@@ -84,7 +84,8 @@ def check_table(estimator: Any, X: Any, *, reset: bool, min_rows: int = 1) -> ND
         X = (X.float() if str(X.dtype) == "torch.bfloat16" else X).numpy()
     if isinstance(X, np.ma.MaskedArray) and X.dtype.kind in "fiub":
         # NumPy forgets the mask; what is under it (-9999, 1e20) is no value.
-        X = X.astype(X.dtype if X.dtype.kind == "f" else np.float64).filled(np.nan) if X.mask.any() else X.data
+        dtype = X.dtype if X.dtype.kind == "f" else np.float64
+        X = np.ma.filled(X.astype(dtype), np.nan) if X.mask.any() else X.data
     _check_labels(X)
     _check_numeric(X)
     table: NDArray[Any] = validate_data(

@@ -40,10 +40,11 @@ from torch import Tensor
 
 from rvae_fast._architecture import positive_int
 from rvae_fast._inside import Inside
+from rvae_fast._modes import in_eval
 from rvae_fast._planes import Planes, distinct, parts_of
 from rvae_fast._whitening import NAP, Moments, check_share
 from rvae_fast.local import ROUNDING, sample_rows
-from rvae_fast.models import Autoencoder, in_eval
+from rvae_fast.models import Autoencoder
 from rvae_fast.rapp import GATHERED, TILE, scored_parts
 from rvae_fast.scoring import map_rows
 

@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._architecture import positive_int
+from rvae_fast._modes import in_eval
 from rvae_fast._taps import taps
 from rvae_fast._whitening import NAP, Moments, check_share
-from rvae_fast.models import Autoencoder, in_eval
+from rvae_fast.models import Autoencoder
 from rvae_fast.nn import ResidualStack
 from rvae_fast.pathway import hidden, reconstruct
 from rvae_fast.rapp import TILE, pathway_scorer, scored_parts

@@ -9,8 +9,7 @@ appendix B), a row's anomaly score its reconstruction error.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from rvae_fast._architecture import (
     positive_int,
     residual_stages,
 )
+from rvae_fast._modes import in_eval
 from rvae_fast._networks import plain_net, residual_net
 from rvae_fast._norms import untouched, watched
 from rvae_fast.nn import ORDERS, Transition, check_rows
@@ -53,18 +53,6 @@ class Output(NamedTuple):
     logvar: Tensor | None
     #: The code the decoder saw ``[batch, latent_features]``: a sample while training, the mean otherwise.
     z: Tensor
-
-
-@contextlib.contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; on leaving, every module's mode is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class Autoencoder(nn.Module):

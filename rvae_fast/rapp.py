@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._frozen import frozen
+from rvae_fast._modes import in_eval
 from rvae_fast._whitening import NAP, TOLERANCE, Moments, check_share
-from rvae_fast.models import Autoencoder, in_eval
+from rvae_fast.models import Autoencoder
 from rvae_fast.pathway import differences, reconstruct
 from rvae_fast.scorer import Scorer
 from rvae_fast.scoring import _parts, map_rows

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rvae_fast._frozen import frozen
+from rvae_fast._modes import in_eval
 from rvae_fast._threads import alone_in_a_child
 from rvae_fast._validation import check_choice
-from rvae_fast.models import in_eval
 from rvae_fast.pathway import reconstruct
 from rvae_fast.preprocessing import chunk_rows, chunks
 from rvae_fast.scorer import Scorer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import rvae_fast
 from rvae_fast._architecture import residual_stages
+from rvae_fast._modes import in_eval
 from rvae_fast.models import AE, MODELS, RAE, RVAE, VAE, Output
 from rvae_fast.nn import ResidualBlock
 
@@ -169,6 +171,30 @@ def test_anomaly_score_is_deterministic_and_leaves_the_mode_alone(model):
     with pytest.raises(ValueError, match="x must have shape"):
         net.anomaly_score(torch.randn(5, 11))
     assert net.training, "an error leaves the mode alone too"
+
+
+def test_threads_that_score_a_model_in_training_leave_it_there():
+    """One that comes while another is in there finds the eval mode that this has set, and must not restore that."""
+    net, inside, out = RVAE(12, 3, n_layers=4).train(), threading.Event(), threading.Event()
+    net.encoder[0].eval()
+    modes = [module.training for module in net.modules()]
+
+    def first():
+        with in_eval(net):
+            inside.set()
+            out.wait(5)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(5)
+    with in_eval(net):
+        out.set()
+        thread.join()
+        assert not any(module.training for module in net.modules())
+    assert [module.training for module in net.modules()] == modes
+    with in_eval(net):
+        assert not net.training
+    assert [module.training for module in net.modules()] == modes
 
 
 @pytest.mark.parametrize("value", [1e4, -1e4])

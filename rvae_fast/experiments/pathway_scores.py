@@ -26,8 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rvae_fast._modes import in_eval
 from rvae_fast._whitening import Moments
-from rvae_fast.models import Autoencoder, in_eval
+from rvae_fast.models import Autoencoder
 from rvae_fast.pathway import PATHWAYS, hidden
 from rvae_fast.rapp import TILE, moments_of, observer
 from rvae_fast.scoring import map_rows

@@ -30,11 +30,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._ensemble_members import IN_THEIR_OWN_UNITS as ALIKE
+from rvae_fast._modes import in_eval
 from rvae_fast.experiments import view_scores
 from rvae_fast.experiments.pathway_scores import NAP_ROWS, Scored, parse, pathway_scores
 from rvae_fast.hyperplane import fit_hyperplane, hyperplane_scores
 from rvae_fast.local import columns_of, fit_local, local_scores, places
-from rvae_fast.models import Autoencoder, in_eval
+from rvae_fast.models import Autoencoder
 from rvae_fast.pathway import reconstruct
 from rvae_fast.rapp import TILE, fit_nap, pathway_scorer
 from rvae_fast.scoring import map_rows, score_rows

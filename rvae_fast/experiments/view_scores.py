@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rvae_fast._inside import depth, last_unit
+from rvae_fast._modes import in_eval
 from rvae_fast._taps import taps
 from rvae_fast.experiments.pathway_scores import Scored
 from rvae_fast.hyperplane import fit_hyperplane, hyperplane_scores
 from rvae_fast.local import columns_of
-from rvae_fast.models import Autoencoder, in_eval
+from rvae_fast.models import Autoencoder
 from rvae_fast.rapp import TILE, pathway_scorer, sap_scores
 from rvae_fast.scoring import map_rows, score_rows
 from rvae_fast.views import KINDS, ImageViews, as_views, seen
