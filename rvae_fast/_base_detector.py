@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
@@ -88,6 +89,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
         """What ``fit`` does; returns the training rows' anomaly scores."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(alone_in_a_child(training=True))
+            stack.enter_context(torch.inference_mode(False))  # parameters made in there could not be trained
             with unless_refused(self):
                 table, config, model, scaler = self._prepare(X)
                 for name in ("offset_", *LEARNT):  # not fitted until the end, whatever was before

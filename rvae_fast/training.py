@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from rvae_fast import _rng
@@ -99,7 +100,8 @@ def train(
         raise TypeError(f"model must have in_features, the width of a row; {type(model).__name__} has none")
     check_resume(resume, config)
     device = resolve_device(config.device, model)
-    with alone_in_a_child(training=True):
+    # Whoever calls from a block without gradients, as an evaluation's, means their own computations.
+    with alone_in_a_child(training=True), torch.inference_mode(False), torch.enable_grad():
         run = Run(model, data, config, validation, device, resume, callbacks)
         with _rng.fork(device):
             return run.go()

@@ -242,3 +242,15 @@ def test_a_training_that_diverges_leaves_its_last_good_network(table: np.ndarray
     assert len(detector.history_.steps) == caught.value.step - 1
     assert detector.n_iter_ == len(detector.history_.epochs)
     assert all(bool(p.isfinite().all()) for p in detector.model_.parameters())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_fit_where_there_are_no_gradients(block: Any, dropout: float, table: np.ndarray) -> None:
+    """As in somebody's block of evaluation. With dropout the gradients are autograd's."""
+    outside = RVAEDetector(**SMALL, dropout=dropout).fit(table)
+    with block():
+        inside = RVAEDetector(**SMALL, dropout=dropout).fit(table)
+        assert not torch.is_grad_enabled()
+    np.testing.assert_array_equal(inside.score_samples(table), outside.score_samples(table))
+    assert not any(p.is_inference() for p in inside.model_.parameters())
