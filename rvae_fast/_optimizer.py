@@ -94,14 +94,16 @@ class Optimizer:
                 config.eps, config.weight_decay, config.optimizer == "adamw", norm, config.max_grad_norm, blocked,
             )  # fmt: skip
             return
+        fused = self.fused and self._lay_out()
+        gradients = self._gradients()
         scale = None
         if self.config.max_grad_norm is not None:
             # 1e-6 as torch.nn.utils.clip_grad_norm_ has it.
             scale = torch.clamp((norm + 1e-6) / self.config.max_grad_norm, min=1.0)
-        if not (self.fused and self._fold) and scale is not None:
+        if not (fused and self._fold) and scale is not None:
             torch._foreach_div_(gradients, scale)
             scale = None
-        if not self.fused:
+        if not fused:
             if blocked is None or not bool(blocked):
                 self._unfused(float(learning_rate))
             return
@@ -131,6 +133,18 @@ class Optimizer:
                     grad_scale=None if scale is None else scale.float(),
                     found_inf=blocked,
                 )
+
+    def _lay_out(self) -> bool:
+        """Lay gradients out as their parameters: torch's fused kernels pair values by their places in memory.
+
+        False of parameters with gaps or overlaps in memory, which these kernels would leave.
+        """
+        for p, state in zip(self.parameters, self._exp_avg, strict=True):
+            if p.stride() != state.stride():  # ``zeros_like`` keeps the strides where all is dense
+                return False
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
+        return True
 
     def _unfused(self, learning_rate: float) -> None:
         from torch.optim.adam import adam

@@ -142,3 +142,33 @@ def test_state_round_trip(path: str) -> None:
         optimizer.step(1e-2, optimizer.norm())
     for one, other in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+LAYOUTS = {
+    "transposed": lambda p: p.detach().t().contiguous().t(),
+    "with gaps": lambda p: p.detach().repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["adam", "adamw", "radam"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gradient", ["contiguous", "transposed"])
+def test_values_are_paired_by_their_indices(layout: str, gradient: str, name: str, dtype: torch.dtype) -> None:
+    """torch's fused kernels pair them by their places in memory: weights moved by the gradients of others."""
+    net, plain = network(dtype), network(dtype)
+    for module in net:
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(LAYOUTS[layout](module.weight))
+    config = TrainingConfig(optimizer=name, max_grad_norm=1.0)
+    for one in (net, plain):
+        ours = Optimizer(list(one.parameters()), config)
+        for step in range(4):
+            torch.manual_seed(100 + step)
+            for p in one.parameters():
+                p.grad = torch.randn(p.shape, dtype=dtype)
+                if gradient == "transposed" and p.dim() == 2:
+                    p.grad = p.grad.t().contiguous().t()
+            ours.step(1e-2, ours.norm())
+    for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -271,3 +271,17 @@ def test_bad_models(model, table) -> None:
     frozen = model().requires_grad_(False)
     with pytest.raises(ValueError, match=r"^model must have parameters that require a gradient"):
         train(frozen, table(8))
+
+
+@pytest.mark.parametrize("kind", ["AE", "RAE", "VAE", "RVAE"])
+def test_weights_laid_out_otherwise(kind: str, model, table) -> None:
+    """As ``torch.from_numpy(w.T)`` of somebody's weights is, taken by ``load_state_dict(assign=True)``."""
+    plain, other, data = model(kind), model(kind), table(32)
+    state = {k: v.t().contiguous().t() if v.dim() == 2 else v for k, v in other.state_dict().items()}
+    other.load_state_dict(state, assign=True)
+    config = TrainingConfig(epochs=1, batch_size=32, learning_rate=1e-2, seed=0, precision="fp32")
+    for one in (plain, other):
+        train(one, data, config)
+    for (name, a), (_, b) in zip(plain.named_parameters(), other.named_parameters(), strict=True):
+        if name.endswith("weight"):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
