@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Results:
     """Finished cells in a CSV file: the cell's name, its recipe, its metrics.
 
     A row is written whole and flushed to disk when its cell is done. A last line without its end, which a power cut may
-    leave, is dropped when the file is opened.
+    leave, counts as none, and is dropped with the next row. Several runs may write to one file: each takes in what the
+    others have written before it writes a row.
 
     Parameters
     ----------
@@ -41,37 +43,45 @@ class Results:
     Raises
     ------
     ResultsError
-        When the file has other columns.
+        When the file has other columns, or a damaged line.
     """
 
     def __init__(self, path: str | os.PathLike[str], metrics: Sequence[str]) -> None:
         self.path = Path(path)
-        self.columns = (*KEY, *metrics, RECIPE)
+        self.columns = self._expected = (*KEY, *metrics, RECIPE)
         self.rows: dict[tuple[str, ...], dict[str, str]] = {}
         self._has_other_header = False
-        if self.path.exists():
-            self._read()
+        self._read()
 
     def _read(self) -> None:
-        text = self.path.read_bytes()
+        """Take in the file as it is now."""
+        self._seen = _state(self.path)
+        text = self.path.read_bytes() if self._seen else b""
         whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            with open(self.path, "r+b") as file:
-                file.truncate(len(whole))
+        self._torn = len(whole) < len(text)
+        if not whole:
+            self._has_other_header = bool(self.rows)  # of a file that is gone: it is written anew
+            return
         rows = csv.DictReader(io.StringIO(whole.decode(), newline=""))
         there = tuple(rows.fieldnames or ())
-        if whole and not _only_scores_apart(there, self.columns):
+        if not _only_scores_apart(there, self._expected):
             raise ResultsError(
                 f"{self.path} holds the columns {', '.join(there)}; "
-                f"expected {', '.join(self.columns)}; "
+                f"expected {', '.join(self._expected)}; "
                 "continue it with the version that wrote it, or give another directory"
             )
+        found: dict[tuple[str, ...], dict[str, str]] = {}
         for row in rows:
-            self.rows[tuple(row[name] for name in KEY)] = row
-        if whole:
-            further = [name for name in self.columns if name not in there]
-            self.columns = (*there[:-1], *further, RECIPE)
-            self._has_other_header = bool(further)
+            if None in row or None in row.values():
+                raise ResultsError(
+                    f"{self.path}, line {rows.line_num}, has not the {len(there)} values of the header: remove the "
+                    "line, and its cell is run again"
+                )
+            found[tuple(row[name] for name in KEY)] = row
+        self.rows = found
+        further = [name for name in self._expected if name not in there]
+        self.columns = (*there[:-1], *further, RECIPE)
+        self._has_other_header = bool(further)
 
     def _rewrite(self) -> None:
         """Write all rows anew, the file whole at every moment."""
@@ -103,24 +113,43 @@ class Results:
         """
         absent = []
         for cell in cells:
-            row = self.rows.get(cell.key)
-            if row is not None and _trained(row[RECIPE]) != _trained(cell.recipe):
-                raise ResultsError(
-                    f"{self.path} holds {cell.label} run with {row[RECIPE]}, and not with {cell.recipe}: "
-                    "give another directory, or delete the file"
-                )
-            if self.lacking(cell):
+            self._check_recipe(cell)
+            if cell.key not in self.rows or self.lacking(cell):
                 absent.append(cell)
         return absent
+
+    def _check_recipe(self, cell: Cell) -> None:
+        row = self.rows.get(cell.key)
+        if row is not None and _trained(row[RECIPE]) != _trained(cell.recipe):
+            raise ResultsError(
+                f"{self.path} holds {cell.label} run with {row[RECIPE]}, and not with {cell.recipe}: "
+                "give another directory, or delete the file"
+            )
 
     def add(self, cell: Cell, metrics: dict[str, Any]) -> dict[str, str]:
         """Write a finished cell's row; a metric that is None or absent is left empty.
 
         A row that is there already, which lacked some scores, gets these, and keeps the rest, its times among them.
+
+        Raises
+        ------
+        ResultsError
+            When another run has meanwhile written the cell by another recipe.
         """
+        folder = self.path.resolve().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if _state(self.path) != self._seen:
+                self._read()
+            row = self._add(cell, metrics)
+            self._seen, self._torn = _state(self.path), False
+        return row
+
+    def _add(self, cell: Cell, metrics: dict[str, Any]) -> dict[str, str]:
         unknown = metrics.keys() - set(self.columns)
         if unknown:
             raise ValueError(f"metrics without a column: {', '.join(sorted(unknown))}")
+        self._check_recipe(cell)
         values = {**dict(zip(KEY, cell.key, strict=True)), RECIPE: cell.recipe}
         values |= {name: _text(value) for name, value in metrics.items()}
         before = self.rows.get(cell.key)
@@ -133,26 +162,47 @@ class Results:
             self._rewrite()
             return self.rows[cell.key]
         row = {name: values.get(name, "") for name in self.columns}
-        if self._has_other_header:
-            self.rows[cell.key] = row
+        self.rows[cell.key] = row
+        if self._has_other_header or self._torn or len(self.rows) == 1:
             self._rewrite()
             return row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            writer.writeheader()
-        writer.writerow(row)
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerow(row)
         with open(self.path, "ab") as file:
             file.write(text.getvalue().encode())
             file.flush()
             os.fsync(file.fileno())
-        self.rows[cell.key] = row
         return row
 
     def of(self, cells: Iterable[Cell]) -> list[dict[str, str]]:
         """The rows of those cells that are done, in the order of the cells."""
         return [self.rows[cell.key] for cell in cells if cell.key in self.rows]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs from writing to the folder's results meanwhile, where the system has locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without them
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What tells that a file is as it was; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _only_scores_apart(there: Sequence[str], expected: Sequence[str]) -> bool:

@@ -108,6 +108,50 @@ def test_a_row_that_lacks_a_score_gets_it_and_keeps_the_rest(folder: Path) -> No
     assert Results(folder / "results.csv", METRICS).of(ranked)[0]["seconds"] == "0.5"
 
 
+def test_runs_that_share_a_file_lose_nothing_of_each_other(folder: Path) -> None:
+    one = results(folder)
+    one.add(CELLS[0], {"seconds": 1.0, "auroc_reconstruction": 0.5})
+    other = Results(folder / "results.csv", (*METRICS, "auroc_sap"))
+    one.add(CELLS[1], {"seconds": 1.0, "auroc_reconstruction": 0.6})
+    other.add(cell(seed=0, scores=("sap",)), {"seconds": 9.0, "auroc_sap": 0.7})  # writes the file anew, with a column
+    one.add(CELLS[2], {"seconds": 1.0, "auroc_reconstruction": 0.8})
+    other.add(CELLS[2], {"seconds": 9.0, "auroc_reconstruction": 0.8})  # both were at it
+    rows = results(folder).of(CELLS)
+    assert [row["auroc_reconstruction"] for row in rows] == ["0.5", "0.6", "0.8"]
+    assert [row["auroc_sap"] for row in rows] == ["0.7", "", ""]
+    assert len((folder / "results.csv").read_text().splitlines()) == 4
+    with pytest.raises(ResultsError, match="give another directory"):
+        other.add(cell(seed=1, rows=100), {"seconds": 1.0, "auroc_reconstruction": 0.1})
+
+
+def test_runs_that_begin_one_file_write_one_header(folder: Path) -> None:
+    both = results(folder), Results(folder / "results.csv", (*METRICS, "auroc_sap"))
+    for table, own in zip(both, CELLS, strict=False):
+        table.add(own, {"seconds": 1.0, "auroc_reconstruction": 0.5})
+    assert (folder / "results.csv").read_text().count("recipe") == 1
+    assert results(folder).missing(CELLS[:2]) == []
+
+
+def test_a_file_that_is_removed_meanwhile_is_written_anew(folder: Path) -> None:
+    table = results(folder)
+    table.add(CELLS[0], {"seconds": 1.0, "auroc_reconstruction": 0.5})
+    table.path.unlink()
+    table.add(CELLS[1], {"seconds": 1.0, "auroc_reconstruction": 0.6})
+    assert len(results(folder).of(CELLS)) == 2
+
+
+def test_reading_changes_nothing_and_a_damaged_line_is_named(folder: Path) -> None:
+    runner.run(CELLS[:3], results(folder), work=work)
+    path = folder / "results.csv"
+    path.write_bytes(path.read_bytes()[:-20])
+    torn = path.read_bytes()
+    assert len(results(folder).of(CELLS)) == 2  # another run may be writing the line
+    assert path.read_bytes() == torn
+    path.write_bytes(b"\n".join([*torn.splitlines()[:2], b"digits,0", b""]))
+    with pytest.raises(ResultsError, match=r"results\.csv, line 3, has not the \d+ values of the header"):
+        results(folder)
+
+
 def test_every_row_of_a_grid_has_its_own_name() -> None:
     from rvae_fast.experiments import NAMES, by_name
     from rvae_fast.experiments.experiment import Settings
