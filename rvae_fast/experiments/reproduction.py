@@ -91,7 +91,7 @@ def reproduce(
     ImportError
         At once, without the packages that draw the page.
     rvae_fast.experiments.store.ResultsError
-        When ``out`` holds results of other settings.
+        When the results file holds these cells run by other settings.
     """
     require_packages()
     chosen = by_name(name)
@@ -116,8 +116,10 @@ def reproduce(
         notes.insert(0, "A quick run: few epochs on a part of the rows. It shows the machinery and proves nothing.")
     for note in notes:
         say(note)
+    missing = table.missing(
+        cells
+    )  # an error where cells were run by another recipe: no page of theirs by this one's name
     if run:
-        missing = table.missing(cells)
         say(runner.listing(cells, table, chosen.estimate(missing, processes), processes))
         work = functools.partial(chosen.work, models=None if models is None else os.fspath(models))
         runner.run(cells, table, folder=folder, jobs=processes, say=say, progress=progress, work=work)
@@ -128,7 +130,7 @@ def _data(chosen: Experiment, given: Sequence[str] | None, quick: bool, notes: l
     """The data sets to run on; a quick run takes what is at hand."""
     from rvae_fast import datasets
 
-    wanted = tuple(chosen.data if given is None else given)
+    wanted = tuple(dict.fromkeys(chosen.data if given is None else given))
     known = datasets.names()
     for name in wanted:
         if name not in known:

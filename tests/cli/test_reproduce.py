@@ -62,6 +62,10 @@ def test_a_part_of_the_rows(run: Callable[..., Any], tmp_path: Path) -> None:
     page = (out / "index.html").read_text()
     assert "--epochs 1 --rows 120" in page
     assert "give another directory" in run(*options, "--rows", 130, code=1).stderr
+    page = (out / "index.html").read_text()
+    again = ["reproduce", "deep", "--data", "digits", "--seeds", 1, "--page-only", "--out", out]
+    assert "give another directory" in run(*again, code=1).stderr  # the quick run's rows make no page of a full one
+    assert (out / "index.html").read_text() == page
 
 
 def test_unknown_data_and_nothing_to_show(run: Callable[..., Any], tmp_path: Path) -> None:
