@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -65,7 +66,7 @@ def run(
     ResultsError
         When the results file holds cells run by another recipe.
     RuntimeError
-        Naming the cell that failed. Those finished before it have their rows.
+        Naming the cell that failed. Those finished before it have their rows, and those that were under way.
 
     Notes
     -----
@@ -107,15 +108,30 @@ def _finished(
         return
     # A fork of a process whose threads are running may hang; a fresh interpreter reads the variable before torch does.
     with _one_thread(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin) as pool:
-        pending: dict[Future[dict[str, Any]], Cell] = {pool.submit(work, cell, folder): cell for cell in todo}
+        # One a process and no more: what is handed to the pool cannot be taken back, should a cell fail.
+        left = iter(todo)
+        pending: dict[Future[dict[str, Any]], Cell] = {
+            pool.submit(work, cell, folder): cell for cell in itertools.islice(left, jobs)
+        }
+        failed: RuntimeError | None = None
         try:
             while pending:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     cell = pending.pop(future)
-                    yield cell, _named(cell, future.result)
+                    try:
+                        metrics = _named(cell, future.result)
+                    except RuntimeError as error:
+                        failed = failed or error  # what is under way is waited for, and has its rows
+                        continue
+                    following = next(left, None) if failed is None else None
+                    if following is not None:
+                        pending[pool.submit(work, following, folder)] = following
+                    yield cell, metrics
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        if failed is not None:
+            raise failed
 
 
 def _named(cell: Cell, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

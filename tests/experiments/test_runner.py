@@ -61,6 +61,20 @@ def test_a_failing_cell_is_named_and_those_before_it_are_kept(folder: Path) -> N
     assert len(results(folder).rows) == 1
 
 
+def slow_work(cell: Cell, folder: str) -> dict[str, Any]:
+    """One cell fails while another is under way, and would be for a while."""
+    if cell.novel == "bad":
+        raise ValueError("no such class")
+    time.sleep(2.0)
+    return {"seconds": 2.0, "auroc_reconstruction": 0.5}
+
+
+def test_a_failing_cell_costs_no_other_its_row(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"digits, bad novel.*no such class"):
+        runner.run([CELLS[0], cell(novel="bad"), *CELLS[1:]], results(folder), work=slow_work, jobs=2)
+    assert len(results(folder).of(CELLS)) == 1, "the one that was under way, and none that was not"
+
+
 def test_a_torn_last_line_is_run_again(folder: Path) -> None:
     runner.run(CELLS[:3], results(folder), work=work)
     path = folder / "results.csv"
