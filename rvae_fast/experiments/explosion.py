@@ -45,6 +45,11 @@ _DEFAULTS: dict[str, Any] = {"learning_rate": "auto", "warmup_epochs": "auto"}
 
 def grid(settings: Settings) -> list[Cell]:
     """RAE and RVAE by cure and depth, and the defaults once more at 200 layers."""
+    if settings.variant:
+        raise ValueError(
+            f"variant must be empty for explosion, whose cells are variants of their own: {', '.join(CURES)}, "
+            f"{DEFAULTS}; got {settings.variant!r}"
+        )
     depths = (10, 32) if settings.quick else DEPTHS
     plain = {"init": "default"}
     cells = []
@@ -141,4 +146,5 @@ EXPERIMENT = Experiment(
     scores=SCORES,
     grid=grid,
     findings=findings,
+    keeps_models=False,
 )

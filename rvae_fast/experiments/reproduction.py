@@ -116,9 +116,8 @@ def reproduce(
         notes.insert(0, "A quick run: few epochs on a part of the rows. It shows the machinery and proves nothing.")
     for note in notes:
         say(note)
-    missing = table.missing(
-        cells
-    )  # an error where cells were run by another recipe: no page of theirs by this one's name
+    # An error where cells were run by another recipe: no page is made of them by this one's name either.
+    missing = table.missing(cells)
     if run:
         say(runner.listing(cells, table, chosen.estimate(missing, processes), processes))
         work = functools.partial(chosen.work, models=None if models is None else os.fspath(models))

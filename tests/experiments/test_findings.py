@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rvae_fast.datasets.cache import store_arrays
-from rvae_fast.experiments import article, by_name, places, views
+from rvae_fast.experiments import article, by_name, places, reproduce, views
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.claims import Claim
 from rvae_fast.experiments.experiment import Settings
@@ -96,6 +96,14 @@ def test_explosion(spikes: bool, folder: Path) -> None:
     assert [claim.held for claim in claims.values()] == [not spikes] * 3
     pictures = by_name("explosion").findings(rows, Settings(data=("mnist",), seeds=1), folder).pictures
     assert {p.name for p in pictures} == {f"explosion-{n}-mnist-RVAE" for n in ("spikes", "grad-norm", "loss")}
+
+
+def test_explosion_takes_neither_variant_nor_models(folder: Path) -> None:
+    """Its cells never had the variant that the page named, and keep no models."""
+    with pytest.raises(ValueError, match="variant must be empty for explosion"):
+        by_name("explosion").grid(Settings(data=("mnist",), seeds=1, variant="noise"))
+    with pytest.raises(ValueError, match="models must be None for explosion"):
+        reproduce("explosion", quick=True, data=["digits"], out=folder, models=folder / "models")
 
 
 def test_explosion_of_runs_that_diverged(folder: Path) -> None:
