@@ -69,7 +69,8 @@ def slow_work(cell: Cell, folder: str) -> dict[str, Any]:
     return {"seconds": 2.0, "auroc_reconstruction": 0.5}
 
 
-def test_a_failing_cell_costs_no_other_its_row(folder: Path) -> None:
+def test_a_failing_cell_costs_no_other_its_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])  # processes that are spawned import this module
     with pytest.raises(RuntimeError, match=r"digits, bad novel.*no such class"):
         runner.run([CELLS[0], cell(novel="bad"), *CELLS[1:]], results(folder), work=slow_work, jobs=2)
     assert len(results(folder).of(CELLS)) == 1, "the one that was under way, and none that was not"
