@@ -98,14 +98,16 @@ def greater(
     return Claim(name, held, sentence, p)
 
 
-def at_least(name: str, values: Sequence[float], bound: float, quantity: str, *, largest: bool = False) -> Claim:
-    """The claim that the mean, or with ``largest`` the largest value, reaches a bound."""
+def at_least(
+    name: str, values: Sequence[float], bound: float, quantity: str, *, largest: bool = False, of: str = "cells"
+) -> Claim:
+    """The claim that the mean, or with ``largest`` the largest value, reaches a bound; ``of`` is what there are."""
     if not len(values):
         return untested(name, f"No results yet for {quantity}")
     figure, found = _figure(values, largest)
     held = figure >= bound
     return Claim(
-        name, held, f"{found} {quantity} ({len(values)} cells); asked for: at least {bound:g}. {_verdict(held)}"
+        name, held, f"{found} {quantity} ({len(values)} {of}); asked for: at least {bound:g}. {_verdict(held)}"
     )
 
 

@@ -10,13 +10,14 @@ from rvae_fast.experiments.claims import Claim, at_least, greater, mean_sd, unte
 from rvae_fast.experiments.experiment import Experiment, Settings
 from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.plots import plot_means
-from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary
+from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary, whole_seeds
 
 #: The last is of RVAE alone: the encoder of a plain network of this depth may tell no two rows apart, and NAP, which is
 #: a part of it, then has nothing to whiten.
 SCORES = ("reconstruction", "sap", "hyperplane")
 METRIC = "auroc_reconstruction"
 N_LAYERS = 80
+DIGITS = ("0", "1")
 
 #: What RVAE's mean AUROC over the two digits is to reach, by the article's score and by the library's best.
 BOUND = 0.75
@@ -34,7 +35,7 @@ def grid(settings: Settings) -> list[Cell]:
     cells = []
     for data in settings.data:
         for seed in range(settings.seeds):
-            for novel in ("0",) if settings.quick else ("0", "1"):
+            for novel in DIGITS[:1] if settings.quick else DIGITS:
                 for model, order in (("RVAE", "pre"), ("VAE", "")):
                     # The plain VAE keeps the rate of ten layers: at the residual one's it hardly learns.
                     rate = {"learning_rate": "auto"} if order else {}
@@ -64,10 +65,10 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
         )  # fmt: skip
         if data == "mnist" and not settings.quick:
             for score, how in (("reconstruction", "the error"), ("hyperplane", "the hyperplane score")):
-                aurocs = list(paired(own["RVAE pre"], f"auroc_{score}").values())
-                found.claims.append(
-                    at_least(f"mnist: RVAE's AUROC by {how} reaches {BOUND}", aurocs, BOUND, "AUROC of RVAE")
-                )
+                aurocs = whole_seeds(own["RVAE pre"], f"auroc_{score}", DIGITS)
+                name = f"mnist: RVAE's AUROC by {how} reaches {BOUND}"
+                quantity = f"mean AUROC of RVAE over the digits {' and '.join(DIGITS)} by {how}"
+                found.claims.append(at_least(name, aurocs, BOUND, quantity, of="whole seeds"))
         theirs = article.DEEP if data == "mnist" else {}
         for metric, name, title in (("train_loss", "train_loss", "Train loss"), (METRIC, "auroc", "AUROC")):
             found.pictures.append(

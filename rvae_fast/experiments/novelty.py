@@ -10,7 +10,7 @@ from rvae_fast.experiments.claims import at_least, greater, near_or_above, untes
 from rvae_fast.experiments.experiment import Experiment, Settings
 from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.plots import plot_means
-from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary
+from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary, whole_seeds
 
 MODELS = (("RVAE", "pre"), ("RVAE", "post"), ("VAE", ""))
 #: Those of ``rapp`` too, so that a cell that both experiments have is run once: recipes are compared with their scores.
@@ -80,10 +80,9 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
             if len(by_digit) < len(article.DIGITS):
                 found.claims.append(untested(name, f"results are there for {len(by_digit)} of ten digits"))
             else:
-                seeds = grouped(pre, "seed", METRIC)
-                whole = [sum(v) / len(v) for v in seeds.values() if len(v) == len(article.DIGITS)]
+                whole = whole_seeds(pre, METRIC, article.DIGITS)
                 found.claims.append(
-                    at_least(name, whole, 0.900, "mean AUROC of RVAE pre over the ten digits, a value a seed")
+                    at_least(name, whole, 0.900, "mean AUROC of RVAE pre over the ten digits", of="whole seeds")
                 )
             but_one = {digit: v for digit, v in article.NOVELTY["RVAE pre"].items() if digit != "1"}
             found.claims.append(

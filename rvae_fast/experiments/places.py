@@ -17,7 +17,7 @@ from rvae_fast.experiments.experiment import Experiment, Settings
 from rvae_fast.experiments.novelty import rvae_cells
 from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.plots import plot_means
-from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary, value
+from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary
 from rvae_fast.pathway import PATHWAYS
 
 #: NAP of all linear layers or of all activations would take as long as a training: of them only single layers are.
@@ -127,7 +127,7 @@ def _better_place(data: str, family: str, default: str, names: list[str], rows: 
     if len(seeds) < 2:
         return untested(claim, f"Seeds run: {len(seeds)}; one to choose by and one to test by are needed")
     first = pick(rows, seed=seeds[0])
-    best = max(names, key=lambda name: float(np.mean([value(row, f"auroc_{name}") for row in first])))
+    best = max(names, key=lambda name: float(np.mean([*paired(first, f"auroc_{name}").values()] or [-1.0])))
     if best == default:
         return Claim(
             claim, False, f"By seed {seeds[0]} the paper's place is the best of {len(names)}. The claim did not hold."

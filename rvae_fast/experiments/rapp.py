@@ -5,6 +5,7 @@ Its multimodal VAE and RVAE are cells of ``novelty``: with ``--results`` or ``--
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rvae_fast.experiments import article
@@ -15,7 +16,7 @@ from rvae_fast.experiments.novelty import EPOCHS, QUICK_EPOCHS, QUICK_ROWS
 from rvae_fast.experiments.novelty import SCORES as SHARED
 from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.plots import plot_means
-from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary
+from rvae_fast.experiments.tables import Row, paired, pick, summary, whole_seeds
 
 MODELS = (("AE", ""), ("VAE", ""), ("RAE", "pre"), ("RVAE", "pre"))
 SETTINGS = ("multimodal", "unimodal")
@@ -58,15 +59,10 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
             own = {name: pick(here, series=name + suffix) for name in names}
             if not any(own.values()):
                 continue  # nothing to draw beside the published values
-            means = {
-                name: {s: _mean(grouped(of, "data", f"auroc_{s}").get(data, [])) for s in scores}
-                for name, of in own.items()
-                if of
-            }
-            if "RVAE pre" in means:
-                best = max(scores, key=lambda s: means["RVAE pre"][s])
+            rvae = own["RVAE pre"]
+            if rvae:
+                best = max(scores, key=lambda s: _gain(rvae, s))
                 where = f"{data}, {setting}"
-                rvae = own["RVAE pre"]
                 if best != "reconstruction":
                     found.claims.append(
                         greater(
@@ -77,11 +73,13 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
                     )  # fmt: skip
                 full = not settings.quick and len({row["novel"] for row in rvae}) == len(article.DIGITS)
                 if setting == "multimodal" and data in BOUNDS and full:
-                    values = list(paired(rvae, f"auroc_{best}").values())
+                    values = whole_seeds(rvae, f"auroc_{best}", article.DIGITS)
                     found.claims.append(
                         at_least(
                             f"{where}: the best score of RVAE reaches {BOUNDS[data]}", values, BOUNDS[data],
-                            f"AUROC of RVAE by {best} (the best of {len(scores)}, chosen on these very results)",
+                            f"mean AUROC of RVAE over the ten classes by {best} (the best of {len(scores)}, chosen on "
+                            "these very results)",
+                            of="whole seeds",
                         )
                     )  # fmt: skip
             published = {
@@ -101,8 +99,11 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
     return found
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _gain(rows: list[Row], score: str) -> float:
+    """By how much a score is above the error, in the mean of the cells that have both: not all may have it yet."""
+    own, error = paired(rows, f"auroc_{score}"), paired(rows, "auroc_reconstruction")
+    gains = [own[cell] - error[cell] for cell in own.keys() & error.keys()]
+    return sum(gains) / len(gains) if gains else -math.inf
 
 
 EXPERIMENT = Experiment(

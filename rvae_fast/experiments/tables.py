@@ -58,6 +58,15 @@ def grouped(rows: Iterable[Row], key: str | Callable[[Row], Any], metric: str) -
     return groups
 
 
+def whole_seeds(rows: Iterable[Row], metric: str, classes: Sequence[str]) -> list[float]:
+    """The mean of a metric over the classes, one a seed that has all of them: a part may be the easy ones."""
+    seeds: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if not math.isnan(v := value(row, metric)):
+            seeds.setdefault(row["seed"], {})[row["novel"]] = v
+    return [float(np.mean([of[name] for name in classes])) for of in seeds.values() if of.keys() >= set(classes)]
+
+
 def by_depth(rows: Iterable[Row], metric: str) -> dict[int, dict[str, float]]:
     """A metric by depth and seed, as the claims about depth want it."""
     found: dict[int, dict[str, float]] = {}

@@ -16,7 +16,7 @@ from rvae_fast.experiments.novelty import rvae_cells
 from rvae_fast.experiments.page import Findings
 from rvae_fast.experiments.plots import plot_means
 from rvae_fast.experiments.rapp import BOUNDS
-from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary
+from rvae_fast.experiments.tables import Row, grouped, paired, pick, summary, whole_seeds
 from rvae_fast.experiments.view_scores import ALL, OF
 from rvae_fast.views import KINDS
 
@@ -52,8 +52,9 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
             if data in BOUNDS:
                 found.claims.append(
                     at_least(
-                        f"{data}: {best} reaches {BOUNDS[data]}", list(paired(own, f"auroc_{best}").values()),
-                        BOUNDS[data], f"AUROC of RVAE on {data} by {best}",
+                        f"{data}: {best} reaches {BOUNDS[data]}",
+                        whole_seeds(own, f"auroc_{best}", article.DIGITS), BOUNDS[data],
+                        f"mean AUROC of RVAE on {data} by {best} over the ten classes", of="whole seeds",
                     )
                 )  # fmt: skip
             if data == "mnist":
