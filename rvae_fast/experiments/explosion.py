@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,10 @@ def grid(settings: Settings) -> list[Cell]:
 def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
     """The spike, its cures, the defaults."""
     found = Findings()
+    rows = [_measured(row) for row in rows]
     for data in settings.data:
         here = pick(rows, data=data)
-        plain = [value(row, "norm_ratio") for row in pick(here, variant="unclipped")]
+        plain = _there(pick(here, variant="unclipped"), "norm_ratio")
         found.claims.append(
             at_least(
                 f"{data}: without clipping the gradient norm explodes", plain, SPIKE,
@@ -84,7 +86,7 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
         )  # fmt: skip
         deep = [r for r in pick(here, variant=DEFAULTS, model="RVAE") if int(r["n_layers"]) >= 80]
         for metric, what in (("loss_ratio", "loss"), ("norm_ratio", "gradient norm")):
-            spikes = [value(row, metric) for row in deep]
+            spikes = _there(deep, metric)
             found.claims.append(
                 at_most(
                     f"{data}: with the defaults 80 layers and more train without a spike of the {what}", spikes, SPIKE,
@@ -93,7 +95,7 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
             )  # fmt: skip
         for model in ("RAE", "RVAE"):
             own = pick(here, model=model)
-            if own:
+            if _there(own, "norm_ratio"):
                 found.pictures.append(_spikes(own, data, model))
             found.pictures += _runs(own, data, model, folder)
     metrics = ("norm_ratio", "loss_ratio", "median_grad_norm", "max_grad_norm", "train_loss", "auroc_reconstruction")
@@ -101,12 +103,24 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
     return found
 
 
+def _measured(row: Row) -> Row:
+    """A row without the 0 that stood, in results of before, for a run too short to have a spike."""
+    return row | {name: "" for name in ("norm_ratio", "loss_ratio") if value(row, name) == 0.0}
+
+
+def _there(rows: list[Row], metric: str) -> list[float]:
+    return [v for row in rows if not math.isnan(v := value(row, metric))]
+
+
 def _spikes(rows: list[Row], data: str, model: str) -> Any:
     by_cure = {cure: grouped(pick(rows, variant=cure), lambda r: int(r["n_layers"]), "norm_ratio")
                for cure in (*CURES, DEFAULTS)}  # fmt: skip
+    short = [cure for cure, of in by_cure.items() if not of and pick(rows, variant=cure)]
+    by_cure = {cure: of for cure, of in by_cure.items() if of}
     return plot_means(
         f"explosion-spikes-{data}-{model}", f"The largest spike by depth, {model}, {data}", by_cure,
         xlabel="linear layers of the encoder", ylabel="gradient norm, in running medians", logarithmic=True,
+        caption=f"Too short to be measured: {', '.join(short)}." if short else "",
     )  # fmt: skip
 
 

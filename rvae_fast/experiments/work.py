@@ -110,7 +110,7 @@ def run_cell(cell: Cell, folder: str | None = None, models: str | None = None) -
     spent = {"seconds": 0.0, "cpu_seconds": 0.0}
     for part, member in cell.models:
         model, record = _trained(part, rows, member, folder, models)
-        if math.isinf(record["loss_ratio"]):
+        if record["loss_ratio"] == math.inf:
             return {"features": rows.shape[1], **record, **{name: spent[name] + record[name] for name in spent}}
         scoring = _Clock()
         scored = all_scores(model, cell.scores, rows, validation, test, cell.seed)
@@ -187,11 +187,13 @@ def _record(history: History, n_rows: int, diverged: bool) -> dict[str, Any]:
     }
 
 
-def spike(values: np.ndarray, window: int = WINDOW) -> float:
+def spike(values: np.ndarray, window: int = WINDOW) -> float | None:
     """The largest value in units of the median of the ``window`` values before it (as many as there are, 20 at least).
 
-    The first 20 values have no past to be measured against and do not count; a run shorter than that has no spike.
+    The first 20 values have no past to be measured against and do not count; None of a run that has no more.
     """
+    if len(values) <= 20:
+        return None
     largest = 0.0
     for start in range(20, len(values), 10):
         median = float(np.median(values[max(0, start - window) : start]))

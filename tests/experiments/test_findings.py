@@ -98,6 +98,22 @@ def test_explosion(spikes: bool, folder: Path) -> None:
     assert {p.name for p in pictures} == {f"explosion-{n}-mnist-RVAE" for n in ("spikes", "grad-norm", "loss")}
 
 
+@pytest.mark.parametrize("nothing", ["", 0.0])
+def test_runs_too_short_for_a_spike_tell_nothing(nothing: Any, folder: Path) -> None:
+    """0 stands for it in results of before."""
+    rows = [
+        row(model="RVAE", order="pre", novel="0", n_layers=80, variant=cure, train_loss=30.0, auroc_reconstruction=0.9,
+            norm_ratio=ratio, loss_ratio=ratio, median_grad_norm=1.0, max_grad_norm=1.0)
+        for cure, ratio in (("unclipped", 20.0), ("large batch", nothing), ("defaults", nothing))
+    ]  # fmt: skip
+    claims = found("explosion", rows, folder)
+    assert [claim.held for claim in claims.values()] == [True, None, None]
+    made = by_name("explosion").findings(rows, Settings(data=("mnist",), seeds=1), folder)
+    (picture,) = made.pictures
+    assert "Too short to be measured: large batch, defaults." in picture.caption
+    assert [line["norm_ratio"] for line in made.tables["By cure and depth"]] == ["20", "", ""]
+
+
 def test_explosion_takes_neither_variant_nor_models(folder: Path) -> None:
     """Its cells never had the variant that the page named, and keep no models."""
     with pytest.raises(ValueError, match="variant must be empty for explosion"):
