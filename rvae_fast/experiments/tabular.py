@@ -93,8 +93,9 @@ def findings(rows: list[Row], settings: Settings, folder: Path) -> Findings:
         )
     )  # fmt: skip
     for variant in MEMBERS:
-        two = values.get((f"RVAE pre {variant}", "reconstruction"), {})
-        found.claims.append(_greater(f"two RVAEs of {variant}", two, "one, by the error", error))
+        for score, how in (("reconstruction", "the error"), (NAP, NAP), ("hyperplane", "hyperplane")):
+            two, one = (values.get((series, score), {}) for series in (f"RVAE pre {variant}", "RVAE pre"))
+            found.claims.append(_greater(f"two RVAEs of {variant}, by {how},", two, "one", one))
     shown = {
         "RVAE: error": ERROR, "RVAE: NAP": ("RVAE pre", NAP), "RVAE: hyperplane": ("RVAE pre", "hyperplane"),
         **{rival: (rival, OWN) for rival in RIVALS},

@@ -116,7 +116,8 @@ def test_findings(folder: Path) -> None:
     def claims(rows: list[dict[str, str]]) -> dict[str, Claim]:
         return {claim.name: claim for claim in by_name("tabular").findings(rows, settings, folder).claims}
 
-    held = claims(rows_of({("RVAE pre", "reconstruction"): 0.05, ("RVAE pre", NAP): 0.1}))
+    two = {(f"RVAE pre {name}", "hyperplane"): -0.02 for name in MEMBERS}
+    held = claims(rows_of({("RVAE pre", "reconstruction"): 0.05, ("RVAE pre", NAP): 0.1, **two}))
     assert {name for name, claim in held.items() if claim.held} == {
         *(f"RVAE by its error is above {rival}" for rival in RIVALS),
         *(f"RVAE by its error is above {other} by its" for other in ("RAE pre", "VAE", "AE")),
@@ -125,6 +126,8 @@ def test_findings(folder: Path) -> None:
         f"NAP's default, {NAP}, is above the paper's, {NAP_OF_PAPER}",
     }
     assert "over 4 pairs" in held["RVAE by its error is above LOF"].sentence, "seeds of a table are one value"
+    gained = claims(rows_of({name: 0.02 for name in two}))
+    assert all(gained[f"two RVAEs of {name}, by hyperplane, is above one"].held for name in MEMBERS)
     beaten = claims(rows_of({(rival, "own"): 0.1 for rival in RIVALS}))
     assert not any(beaten[f"RVAE by its error is above {rival}"].held for rival in RIVALS)
     found = by_name("tabular").findings(rows_of({}), settings, folder)
