@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from rvae_fast._threads import ForkLock
+
 #: Of each model that is in eval mode for now: by how many, and the modes of its modules before.
 _modes: dict[nn.Module, tuple[int, dict[nn.Module, bool]]] = {}
-_lock = threading.Lock()
-
-
-def _forget() -> None:
-    """In a child of ``os.fork`` no other thread goes on, which might hold the lock for ever."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+_lock = ForkLock()
 
 
 @contextlib.contextmanager
@@ -39,7 +29,7 @@ def in_eval(model: nn.Module) -> Iterator[None]:
         finally:
             _restore(modes)
         return
-    with _lock:
+    with _lock():
         count, modes = _modes.get(model, (0, {}))
         is_shared = count > 0 or any(module.training for module in model.modules())
         if is_shared:
@@ -51,7 +41,7 @@ def in_eval(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if is_shared:
-            with _lock:
+            with _lock():
                 count, modes = _modes.pop(model)
                 if count > 1:
                     _modes[model] = (count - 1, modes)

@@ -10,27 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_lock = threading.RLock()
+from rvae_fast._threads import ForkLock
+
+_lock = ForkLock()
 #: Of each generator that some :func:`fork` is over, by device: how many are, and its state before the first.
 _forks: dict[torch.device, tuple[int, Tensor]] = {}
-
-
-def _forget() -> None:
-    """In a child of ``os.fork`` no other thread goes on, which might hold the lock for ever."""
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
 
 
 def derive(seed: int, purpose: str, index: int = 0) -> int:
@@ -52,7 +42,7 @@ def permutation(n: int, seed: int, purpose: str, index: int = 0) -> Tensor:
 
 def turn() -> contextlib.AbstractContextManager[Any]:
     """Inside, no other thread that asks for its turn seeds the global generators; may be nested."""
-    return _lock
+    return _lock()
 
 
 @contextlib.contextmanager
@@ -62,14 +52,14 @@ def fork(device: torch.device) -> Iterator[None]:
     Of several at once, in as many threads, the last to leave restores what the first has found.
     """
     devices = [torch.device("cpu")] + ([device] if device.type != "cpu" else [])
-    with _lock:
+    with _lock():
         for at in devices:
             count, state = _forks.get(at) or (0, _module(at).get_rng_state(*_index(at)))
             _forks[at] = (count + 1, state)
     try:
         yield
     finally:
-        with _lock:
+        with _lock():
             for at in devices:
                 count, state = _forks.pop(at)
                 if count > 1:
@@ -86,7 +76,7 @@ def seeded(seed: int) -> Iterator[None]:
     """
     default = torch.get_default_device()
     device = default if default.type == "cuda" else torch.device("cpu")
-    with _lock, fork(device):
+    with _lock(), fork(device):
         torch.default_generator.manual_seed(seed)
         reseed(device, seed)
         yield

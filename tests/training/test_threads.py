@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,12 +17,10 @@ OPTIONS: dict[str, Any] = {"epochs": 40, "batch_size": 16, "seed": 3}
 
 
 def together(*work: Any) -> None:
-    """Run each in a thread of its own."""
-    threads = [threading.Thread(target=one) for one in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    """Run each in a thread of its own; raises what one raises."""
+    with ThreadPoolExecutor(len(work)) as pool:
+        for done in [pool.submit(one) for one in work]:
+            done.result()
 
 
 @pytest.mark.parametrize("kind", ["VAE", "RVAE", "dropout"])
