@@ -120,10 +120,16 @@ class Results:
 
     def _check_recipe(self, cell: Cell) -> None:
         row = self.rows.get(cell.key)
-        if row is not None and _trained(row[RECIPE]) != _trained(cell.recipe):
+        if row is None:
+            return
+        there, wanted = (_trained(recipe) for recipe in (row[RECIPE], cell.recipe))
+        if there != wanted:
+            there, wanted = _flat(there), _flat(wanted)
+            names = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+            had, asked = (", ".join(f"{name} {recipe.get(name)}" for name in names) for recipe in (there, wanted))
             raise ResultsError(
-                f"{self.path} holds {cell.label} run with {row[RECIPE]}, and not with {cell.recipe}: "
-                "give another directory, or delete the file"
+                f"{self.path} holds {cell.label} run with {had}, and not with {asked}: "
+                "give another directory, or another file of results"
             )
 
     def add(self, cell: Cell, metrics: dict[str, Any]) -> dict[str, str]:
@@ -213,6 +219,14 @@ def _only_scores_apart(there: Sequence[str], expected: Sequence[str]) -> bool:
 def _trained(recipe: str) -> dict[str, Any]:
     """What of a recipe a trained model depends on."""
     return {name: value for name, value in json.loads(recipe).items() if name != "scores"}
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with the settings of its parts beside the others, to tell two apart in few words."""
+    found: dict[str, Any] = {}
+    for name, value in recipe.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _text(value: Any) -> str:

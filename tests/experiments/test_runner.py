@@ -88,7 +88,7 @@ def test_a_torn_last_line_is_run_again(folder: Path) -> None:
 
 def test_results_of_another_recipe_are_refused(folder: Path) -> None:
     runner.run(CELLS[:1], results(folder), work=work)
-    with pytest.raises(ResultsError, match="give another directory"):
+    with pytest.raises(ResultsError, match=r"with .*epochs 1,.* and not with .*epochs 2,.*: give another"):
         results(folder).missing([cell(training={"epochs": 2})])
     with pytest.raises(ResultsError, match="holds the columns"):
         Results(folder / "results.csv", ("hours", "auroc_reconstruction"))
