@@ -21,6 +21,7 @@ _ABOUT = {
     "rapp": "reconstruction error, SAP, NAP and local score",
     "places": "SAP and NAP by where in a residual encoder they look",
     "views": "scores by the lowest over small deformations of an image",
+    "quality": "other errors and other ways to train than the article's",
     "tabular": "the detectors on tables, beside scikit-learn's",
 }
 

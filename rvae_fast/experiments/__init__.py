@@ -1,7 +1,7 @@
 """The article's experiments, each a grid of trainings, a results file and a page: ``rvae-fast reproduce``.
 
 :func:`reproduce` runs one; the modules ``degradation``, ``explosion``, ``novelty``, ``deep``, ``rapp``, ``places``,
-``views`` and ``tabular`` say what each is made of. Pages need the ``report`` extra.
+``views``, ``quality`` and ``tabular`` say what each is made of. Pages need the ``report`` extra.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "by_name", "reproduce"]
 
-#: The experiments: the article's in its order, where in a residual encoder to look, in which views of an image, and
-#: the detectors on tables.
-NAMES = ("degradation", "explosion", "novelty", "deep", "rapp", "places", "views", "tabular")
+#: The experiments: the article's in its order, where in a residual encoder to look, in which views of an image, other
+#: errors and ways to train, and the detectors on tables.
+NAMES = ("degradation", "explosion", "novelty", "deep", "rapp", "places", "views", "quality", "tabular")
 
 
 def by_name(name: str) -> Experiment:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rvae_fast.datasets.cache import store_arrays
-from rvae_fast.experiments import article, by_name, places, reproduce, views
+from rvae_fast.experiments import article, by_name, places, quality, reproduce, views
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.claims import Claim
 from rvae_fast.experiments.experiment import Settings
@@ -231,6 +231,45 @@ def test_views(good: bool, folder: Path) -> None:
     gain = float(lines["sap", "views"]) - float(lines["sap", "none"])
     assert gain == pytest.approx(0.02 if good else -0.01, abs=2e-3)
     assert not any(name.startswith("mnist: hyperplane@views") for name in found("views", rows[:3], folder))
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_quality(good: bool, folder: Path) -> None:
+    rng, gain = np.random.default_rng(0), 0.02 if good else -0.01
+    rows = [
+        row(model="RVAE", order="pre", novel=digit, seed=seed, n_layers=10, variant=variant, eval_error=1.0,
+            **{f"auroc_{name}": 0.9 + gain * (name in ("samples", "pixel")) + gain * bool(variant)
+               + 0.002 * rng.normal() for name in quality.SCORES})
+        for seed in range(2) for variant in ("", "noise", "bernoulli") for digit in article.DIGITS
+        if not variant or seed == 0
+    ]  # fmt: skip
+    claims = found("quality", rows, folder)
+    assert list(claims) == [
+        "mnist: the error averaged over samples of z is above the error",
+        "mnist: the error by each pixel's own spread is above the error",
+        *(f"mnist: {way} is better by {score}" for way in (
+            "Gaussian noise of standard deviation 0.2 on the input while training",
+            "binary cross-entropy in place of squared error",
+        ) for score in ("reconstruction", "hyperplane")),
+    ]  # fmt: skip
+    assert [claim.held for claim in claims.values()] == [good] * 6
+    assert all("over 10 pairs" in claim.sentence for name, claim in claims.items() if " by " in name.split("is")[-1])
+    picture = by_name("quality").findings(rows, Settings(("mnist",), 2), folder).pictures[0]
+    assert picture.caption.endswith("as it is 20 cells, noise: 10, bernoulli: 10.")
+    doubled = [{**r, "variant": "double-rate"} for r in rows if not r["variant"]]
+    assert len(found("quality", doubled, folder, variant="double-rate")) == 2
+
+
+def test_quality_tries_each_training_after_the_plain_one() -> None:
+    """A user's variant is in every cell, and leaves none to try."""
+    cells = by_name("quality").grid(Settings(("mnist",), 2))
+    plain, varied = cells[:20], cells[20:]
+    assert {c.variant for c in plain} == {""}
+    assert [c.seed for c in varied] == [0] * 50 + [1] * 50
+    assert {c.variant for c in varied} == set(quality.TRIED)
+    alone = by_name("quality").grid(Settings(("mnist",), 2, variant="double-rate"))
+    assert {c.variant for c in alone} == {"double-rate"}
+    assert len(alone) == 20
 
 
 def test_bounds_are_held_against_whole_seeds(folder: Path) -> None:
