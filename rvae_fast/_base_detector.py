@@ -115,6 +115,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         table = check_table(self, X, reset=True, min_rows=2)
         options.check_views(self, table.shape[1], self.scaler)
+        options.check_enough_rows(self, table)
         config = options.training_config(self, seed, table.shape[0])
         names = getattr(self, "feature_names_in_", None)
         check_finite(chunks(table), names, allow_nan=self.missing != "error")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.exceptions import NotFittedError
 
 from rvae_fast._architecture import check_number
@@ -97,6 +98,7 @@ def check_before_fit(detector: Any, table: Any) -> None:
     """
     check(detector)
     check_views(detector, table.shape[1], detector.scaler)
+    check_enough_rows(detector, table)
     config = training_config(detector, 0, table.shape[0])
     check_resume(detector.resume, config)
     with torch.device("meta"):  # no memory, no random numbers
@@ -123,6 +125,32 @@ def check_views(detector: Any, n_features: int, scaler: str | None) -> ImageView
             "are those of another. Bring all of them to [0, 1] together before"
         )
     return views
+
+
+#: Rows that a score compares with each other, at least, and whether equal ones count as one.
+_FEWEST_ROWS = {"local": (3, "rows"), "hyperplane": (4, "distinct rows")}
+
+#: Where that few are distinct among many rows is not looked for.
+_FEW = 1000
+
+
+def check_enough_rows(detector: Any, table: NDArray[Any]) -> None:
+    """Raise a ValueError for fewer rows than the anomaly score compares: before a training, which would be for nothing.
+
+    Parameters
+    ----------
+    detector : detector
+    table : ndarray [n_rows, n_features]
+    """
+    fewest, what = _FEWEST_ROWS.get(detector.anomaly_score, (0, ""))
+    n_rows = len(table)
+    if fewest and what == "distinct rows" and n_rows <= _FEW:
+        n_rows = len(np.unique(table, axis=0))
+    if n_rows < fewest:
+        raise ValueError(
+            f"anomaly_score={detector.anomaly_score!r} compares rows with each other: X must have at least {fewest} "
+            f"{what}, got {n_rows}"
+        )
 
 
 def scored_by(detector: Any) -> dict[str, Any]:

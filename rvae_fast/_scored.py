@@ -113,6 +113,7 @@ class Scored(Thresholded):
         options.check(self)
         table = check_table(self, X, reset=False, min_rows=2)
         options.check_views(self, table.shape[1], self.scaler_.kind)
+        options.check_enough_rows(self, table)
         before = self._learnt()
         try:
             with alone_in_a_child(), scaled_table(table, self._scaled_parts(table)) as rows:

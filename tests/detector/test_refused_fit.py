@@ -28,6 +28,8 @@ def holed(X: Any) -> Any:
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
     "a NaN": ({}, holed),
     "a row": ({}, lambda X: X[:1]),
+    "rows too few to compare": ({}, lambda X: X[:3]),
+    "rows too few that differ": ({}, lambda X: np.repeat(X[:3], 20, axis=0)),
     "text": ({}, lambda X: X.astype(str)),
     "another width, with a NaN": ({}, lambda X: holed(X)[:, 1:]),
     "epochs": ({"epochs": -1}, lambda X: X),
@@ -48,6 +50,28 @@ def test_a_refused_fit_leaves_the_detector_as_it_was(what: str, tmp_path: Path) 
     np.testing.assert_array_equal(detector.score_samples(X), expected)
     detector.set_params(**given).save(tmp_path / "kept.safetensors")
     np.testing.assert_array_equal(rvae_fast.load(tmp_path / "kept.safetensors").score_samples(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("anomaly_score", "rows", "message"),
+    [
+        (
+            "hyperplane",
+            X[:3],
+            "anomaly_score='hyperplane' compares rows .* X must have at least 4 distinct rows, got 3",
+        ),
+        ("hyperplane", np.repeat(X[:3], 20, axis=0), "at least 4 distinct rows, got 3"),
+        ("local", X[:2], "anomaly_score='local' compares rows with each other: X must have at least 3 rows, got 2"),
+    ],
+)
+def test_too_few_rows_for_a_score_are_told_before_the_training(
+    anomaly_score: str, rows: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rvae_fast._base_detector.train", None)  # not reached
+    with pytest.raises(ValueError, match=message):
+        RVAEDetector(anomaly_score=anomaly_score).fit(rows)
+    with pytest.raises(ValueError, match=message):
+        EnsembleDetector(RVAEDetector(anomaly_score=anomaly_score), members=2).fit(rows)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no os.posix_fallocate here")
