@@ -10,12 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .tables import Naming, TableError
+from .tables import MISSING, Naming, TableError
 from .types import numbered_names
 
 BLOCK_BYTES = 2 << 20
 HEAD_BYTES = 1 << 20
 DELIMITERS = ",;\t|"
+#: True and false as Python, R and JSON write them.
+WORDS = {True: ("True", "TRUE", "true"), False: ("False", "FALSE", "false")}
+
+
+def _cells(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return cells that are one of the words: Arrow, which strips numbers, wants a space beside a word told."""
+    return tuple(f"{before}{word}{after}" for word in words for before in ("", " ") for after in ("", " "))
+
+
+#: Cells of a column of booleans, which may have 0 and 1 for them too.
+TRUE, FALSE = _cells((*WORDS[True], "1")), _cells((*WORDS[False], "0"))
+
 #: Records that are compared to find the delimiter.
 COMPARED = 20
 
@@ -42,6 +54,7 @@ class Layout:
     encoding: str  # of the texts
     wide: bool  # UTF-16 and the like, which Arrow must transcode
     block_bytes: int  # read at once; a row must fit
+    booleans: frozenset[str]  # columns of true and false
 
 
 def pyarrow_csv() -> Any:
@@ -82,6 +95,11 @@ def is_number(cell: str, decimal: str = ".") -> bool:
     return True
 
 
+def is_boolean(cell: str) -> bool:
+    """Return whether a cell is true or false as Arrow is told to read it."""
+    return cell in TRUE or cell in FALSE
+
+
 def find_layout(path: Path, options: CsvOptions) -> Layout:
     """Find encoding, delimiter and column names from the beginning of the file."""
     pa = pyarrow_csv()
@@ -120,7 +138,25 @@ def find_layout(path: Path, options: CsvOptions) -> Layout:
         encoding=encoding,
         wide=wide,
         block_bytes=block,
+        booleans=_booleans(naming, text, delimiter),
     )
+
+
+def _booleans(naming: Naming, text: str, delimiter: str) -> frozenset[str]:
+    """Find the columns that have true and false, and nothing else but 0, 1 and missing values."""
+    words = (*WORDS[True], *WORDS[False])
+    if not any(word in text for word in words):
+        return frozenset()
+    try:
+        rows = _records(text, delimiter)[1 if naming.named else 0 :]
+    except csv.Error:  # whoever reads the rows will say so
+        return frozenset()
+    found = []
+    for i, name in enumerate(naming.names):
+        cells = [row[i] for row in rows if len(row) > i and row[i] not in MISSING]
+        if all(map(is_boolean, cells)) and any(cell.strip() in words for cell in cells):
+            found.append(name)
+    return frozenset(found)
 
 
 def _find_encoding(head: bytes) -> str:
@@ -170,7 +206,7 @@ def _naming(first: Sequence[str], text: str, delimiter: str, options: CsvOptions
     header = options.header
     if header is None:
         # An empty first name is pandas' or R's index; an empty cell further on is a missing value among numbers.
-        numbers = all(is_number(cell, options.decimal) or not cell for cell in cells[:filled])
+        numbers = all(is_number(cell, options.decimal) or not cell or is_boolean(cell) for cell in cells[:filled])
         header = not cells[0] or counted or not numbers
     names = tuple(cell or f"unnamed{i}" for i, cell in enumerate(cells)) if header else numbered_names(len(cells))
     empty: tuple[str, ...] = ()

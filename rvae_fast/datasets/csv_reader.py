@@ -1,5 +1,5 @@
 """CSV through Arrow's streaming reader, block by block: strict about the number of values in a row and about what is
-a number.
+a number. A column of true and false is one of 1 and 0.
 
 When Arrow refuses a file, the file is read again row by row to say which line is at fault.
 """
@@ -14,7 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from .csv_layout import DELIMITERS, CsvOptions, Layout, decode, find_layout, is_number, pyarrow_csv, stream
+from .csv_layout import (
+    DELIMITERS,
+    FALSE,
+    TRUE,
+    CsvOptions,
+    Layout,
+    decode,
+    find_layout,
+    is_boolean,
+    is_number,
+    pyarrow_csv,
+    stream,
+)
 from .tables import MISSING, Batch, Opened, Selection, TableError, parse_labels
 
 MAX_REPORTED = 5
@@ -40,7 +52,8 @@ def _batches(path: Path, layout: Layout, features: tuple[str, ...], selection: S
     texts = [name for name in (selection.label, selection.id) if name is not None]
     # Read as well what is left out for being empty: a value further down must not be lost without a word.
     empty = [name for name in layout.naming.empty if selection.columns is None and name not in selection.named]
-    types = {**dict.fromkeys(features, pa.float64()), **dict.fromkeys([*texts, *empty], pa.binary())}
+    numbers = {name: pa.bool_() if name in layout.booleans else pa.float64() for name in features}
+    types = {**numbers, **dict.fromkeys([*texts, *empty], pa.binary())}
     rows = 0
     try:
         with stream(path) as opened:
@@ -57,6 +70,8 @@ def _batches(path: Path, layout: Layout, features: tuple[str, ...], selection: S
                     column_types=types,
                     include_columns=list(types),
                     null_values=list(MISSING),
+                    true_values=list(TRUE),
+                    false_values=list(FALSE),
                     strings_can_be_null=False,
                     decimal_point=layout.decimal,
                 ),
@@ -66,7 +81,7 @@ def _batches(path: Path, layout: Layout, features: tuple[str, ...], selection: S
                     continue
                 X = np.empty((batch.num_rows, len(features)))
                 for index, name in enumerate(features):
-                    X[:, index] = batch.column(name).to_numpy(zero_copy_only=False)
+                    X[:, index] = batch.column(name).cast(pa.float64()).to_numpy(zero_copy_only=False)
                 for unnamed in empty:
                     _check_empty(path, unnamed, batch.column(unnamed).to_pylist(), rows)
                 labels = _texts(batch, selection.label, layout)
@@ -125,8 +140,10 @@ def _explain(path: Path, layout: Layout, features: Sequence[str], cause: Excepti
                 for name, place in places.items():
                     if name not in bad and place < len(record):
                         cell = record[place]
-                        if cell not in MISSING and not is_number(cell, layout.decimal):
-                            bad[name] = f"{name!r} (first {cell!r}, line {reader.line_num})"
+                        right = is_boolean(cell) if name in layout.booleans else is_number(cell, layout.decimal)
+                        if cell not in MISSING and not right:
+                            kind = ", after true and false alone" if name in layout.booleans else ""
+                            bad[name] = f"{name!r} (first {cell!r}, line {reader.line_num}{kind})"
                             commas |= layout.decimal == "." and is_number(cell, ",")
                             split |= any(one in cell for one in others)
                 if len(bad) == len(places) or (bad and reader.line_num > 200_000):

@@ -57,6 +57,9 @@ def test_csv_ids_labels_and_missing_values(tmp_path: Path) -> None:
         ("a;b;c\n1,5;2,5;3\n", {"decimal": ","}, ("a", "b", "c"), [[1.5, 2.5, 3]]),
         ("a;b\n1,5;2\n", {"decimal": ","}, ("a", "b"), [[1.5, 2]]),
         ("a|b\n1|2\n", {}, ("a", "b"), [[1, 2]]),
+        ("a,b\nTrue,1\nFalse,2\n?,3\n", {}, ("a", "b"), [[1, 1], [0, 2], [np.nan, 3]]),  # as Python writes them
+        ("a,b\nTRUE,1\n0, 2\n FALSE,NA\n", {}, ("a", "b"), [[1, 1], [0, 2], [0, np.nan]]),
+        ("true,1\nfalse,2\n", {}, ("x0", "x1"), [[1, 1], [0, 2]]),
         ("a\n1\n2\n", {}, ("a",), [[1], [2]]),
         ("\n\na,b\r\n\r\n1,2\r\n", {}, ("a", "b"), [[1, 2]]),  # blank lines, CRLF
         ('a,"b\nc"\n1,2\n', {}, ("a", "b\nc"), [[1, 2]]),  # a name of two lines
@@ -105,6 +108,9 @@ def test_csv_that_mixes_encodings(tmp_path: Path) -> None:
         ),
         ('a,id\n1,"two\nlines"\nred,3\n', {"id": "id"}, r"not numeric: 'a' \(first 'red', line 4\)"),
         ("1,2\n3,four\n", {}, r"'x1' \(first 'four', line 2\)"),
+        ("a,b\n1,TrUe\n", {}, r"'b' \(first 'TrUe', line 2\)"),
+        ("a,b\n1,true\n2,maybe\n", {}, r"'b' \(first 'true', line 2\)"),
+        ("a,b\n1,true\n2,false\n3,0.5\n", {}, r"'b' \(first 'true', line 2\)"),
         ("a,b\n1,1_000\n", {}, r"'b' \(first '1_000', line 2\)"),
         ("a,b\n1,2.5\n", {"decimal": ","}, r"'b' \(first '2.5', line 2\)"),
         ("", {}, "the file is empty"),
@@ -220,3 +226,10 @@ def test_rows_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     X = np.random.default_rng(0).normal(size=(50, 300))  # about 6,000 characters a row
     lines = [",".join(f"c{index}" for index in range(300)), *(",".join(map(repr, row)) for row in X.tolist())]
     np.testing.assert_array_equal(read_table(write(tmp_path, "\n".join(lines))).X, X)
+
+
+def test_a_value_that_is_not_boolean_after_many_that_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_module, "HEAD_BYTES", 256)
+    path = write(tmp_path, "a,b\n" + "1,true\n" * 100 + "2,0.5\n")
+    with pytest.raises(TableError, match=r"'b' \(first '0.5', line 102, after true and false alone\)"):
+        read_table(path)
