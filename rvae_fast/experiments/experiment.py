@@ -132,7 +132,7 @@ class Experiment:
     work : callable
         What a cell does, see :func:`rvae_fast.experiments.work.run_cell`.
     estimate : callable
-        ``estimate(cells, jobs)``: seconds that cells will take.
+        ``estimate(cells, jobs, models)``: seconds that cells will take, where some models may be kept already.
     metrics : callable
         ``metrics(scores)``: the columns of its results file.
     keeps_models : bool
@@ -148,6 +148,6 @@ class Experiment:
     grid: Callable[[Settings], list[Cell]]
     findings: Callable[[list[Row], Settings, Path], Findings]
     work: Callable[..., dict[str, Any]] = run_cell
-    estimate: Callable[[Sequence[Cell], int], float] = estimate
+    estimate: Callable[..., float] = estimate
     metrics: Callable[[tuple[str, ...]], tuple[str, ...]] = metric_names
     keeps_models: bool = True

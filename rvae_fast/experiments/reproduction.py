@@ -117,9 +117,10 @@ def reproduce(
     for note in notes:
         say(note)
     # An error where cells were run by another recipe: no page is made of them by this one's name either.
-    missing = table.missing(cells)
+    todo = runner.left_to_do(cells, table)
     if run:
-        say(runner.listing(cells, table, chosen.estimate(missing, processes), processes))
+        seconds = chosen.estimate(todo, processes, models)
+        say(runner.listing(cells, table, seconds, processes))
         work = functools.partial(chosen.work, models=None if models is None else os.fspath(models))
         runner.run(cells, table, folder=folder, jobs=processes, say=say, progress=progress, work=work)
     return _write(chosen, settings, cells, table, folder, notes, command, processes)

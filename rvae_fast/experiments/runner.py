@@ -17,6 +17,7 @@ from typing import Any
 
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.cost import rows_of_training
+from rvae_fast.experiments.kept import model_file
 from rvae_fast.experiments.store import Results
 from rvae_fast.experiments.work import build, run_cell, split_of
 
@@ -74,8 +75,7 @@ def run(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    # A cell that has a row is run for the scores that the row lacks.
-    todo = [dataclasses.replace(cell, scores=results.lacking(cell)) for cell in results.missing(cells)]
+    todo = left_to_do(cells, results)
     beside = str(results.path.parent if folder is None else folder)
     began = time.perf_counter()
     done = len(cells) - len(todo)
@@ -90,6 +90,11 @@ def run(
             if metrics.get("loss_ratio") == math.inf:
                 auroc = f", diverged at step {metrics['steps'] + 1}"
             say(f"{done}/{len(cells)}  {cell.label}{auroc}, {duration(metrics['seconds'])}; {duration(left)} left")
+
+
+def left_to_do(cells: Sequence[Cell], results: Results) -> list[Cell]:
+    """The cells without a row, and those whose row lacks scores, for these alone."""
+    return [dataclasses.replace(cell, scores=results.lacking(cell)) for cell in results.missing(cells)]
 
 
 def _finished(
@@ -190,12 +195,12 @@ def multiplications(cell: Cell, in_features: int) -> int:
     return sum(p.numel() for p in build(cell, in_features, 0).parameters())
 
 
-def estimate(cells: Sequence[Cell], jobs: int) -> float:
+def estimate(cells: Sequence[Cell], jobs: int, models: str | os.PathLike[str] | None = None) -> float:
     """Seconds that the cells will take, from a few timed steps of one network of each model, in fp32 or bf16 as given.
 
     Other depths scale by the number of their weights, other rows and epochs by themselves; what the scores take is
     counted in rows of training (:mod:`rvae_fast.experiments.cost`). It is the time on a machine that has nothing else
-    to do; a model that is kept already counts as if it were trained.
+    to do. What is kept in the directory ``models`` is not trained.
     """
     import torch
 
@@ -221,12 +226,19 @@ def estimate(cells: Sequence[Cell], jobs: int) -> float:
             if series not in rates:
                 rates[series] = _seconds_a_row(cell, width) / weights[net]
             most = cell.rows or rows
-            trained = min(rows, most) * int(cell.training.get("epochs", 100))
-            scored = rows_of_training(cell.scores, min(rows, most), min(validation, most), min(test, 2 * most))
-            total += rates[series] * weights[net] * (trained + scored) * len(cell.models)
+            seen = min(rows, most)
+            scored = rows_of_training(cell.scores, seen, min(validation, most), min(test, 2 * most))
+            untrained = sum(cell.steps or not _is_kept(models, *one) for one in cell.models)
+            trained = untrained * seen * int(cell.training.get("epochs", 100))
+            total += rates[series] * weights[net] * (trained + scored * len(cell.models))
     finally:
         torch.set_num_threads(threads)
     return total / min(jobs, len(cells))
+
+
+def _is_kept(models: str | os.PathLike[str] | None, cell: Cell, member: int) -> bool:
+    """Whether the model is kept, by its name: what it was trained by is looked at when it is taken."""
+    return models is not None and model_file(models, cell, member).with_suffix(".json").exists()
 
 
 def _seconds_a_row(cell: Cell, width: int) -> float:

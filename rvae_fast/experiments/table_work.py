@@ -46,8 +46,8 @@ def metric_names(scores: Sequence[str]) -> tuple[str, ...]:
     return (*METRICS, *(f"auroc_{name}" for name in scores), *(FLAGGED + name for name in scores if name != OWN))
 
 
-def estimate(cells: Sequence[Cell], jobs: int) -> float:
-    """Seconds that the cells will take, roughly."""
+def estimate(cells: Sequence[Cell], jobs: int, models: object = None) -> float:
+    """Seconds that the cells will take, roughly; no models of theirs are kept."""
     fits = {**dict.fromkeys(MEMBERS, 2), FOLDS: 6}
     each = [RIVAL if c.model in RIVALS else fits.get(c.variant, 1) * (FIT + SCORE * len(c.scores)) for c in cells]
     return sum(each) / max(1, min(jobs, len(cells)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from rvae_fast.experiments import by_name, runner
 from rvae_fast.experiments.cells import Cell
 from rvae_fast.experiments.cost import rows_of_training
 from rvae_fast.experiments.experiment import Settings
+from rvae_fast.experiments.kept import model_file
 from rvae_fast.experiments.store import Results, ResultsError
 
 from .conftest import cell
@@ -284,6 +286,24 @@ def test_estimate_grows_with_the_work() -> None:
     short, long = cell(training={"epochs": 2, "batch_size": 32}), cell(training={"epochs": 200, "batch_size": 32})
     assert 20 * runner.estimate([short], 1) < runner.estimate([long], 1)
     assert runner.estimate([], 2) == 0.0
+
+
+def test_an_estimate_trains_no_model_that_is_kept(folder: Path) -> None:
+    own = cell(training={"epochs": 200, "batch_size": 32})
+    path = model_file(folder, own).with_suffix(".json")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert 20 * runner.estimate([own], 1, folder) < runner.estimate([own], 1, folder / "others")
+    with_steps = dataclasses.replace(own, steps=True)  # which a kept model does not have
+    assert 20 * runner.estimate([own], 1, folder) < runner.estimate([with_steps], 1, folder)
+
+
+def test_only_the_scores_that_a_row_lacks_are_left_to_do(folder: Path) -> None:
+    table = results(folder)
+    own = cell()
+    table.add(own, {"auroc_reconstruction": 0.5})
+    more, other = dataclasses.replace(own, scores=("reconstruction", "sap")), cell(seed=7)
+    assert [c.scores for c in runner.left_to_do([more, other], table)] == [("sap",), other.scores]
 
 
 def test_what_scores_take_counts() -> None:
