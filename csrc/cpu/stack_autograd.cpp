@@ -23,8 +23,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Weights, biases, gammas, betas; then running means and variances. In the backward the last two are there only where the
-// forward normalised by them.
+// Weights, biases, gammas, betas; then running means and variances, which the backward does not keep: what the forward has
+// normalised by is in its statistics, where no later batch changes it.
 using Lists = std::array<Tensors, 6>;
 
 struct Call {
@@ -73,6 +73,16 @@ at::Tensor differentiable_forward(const at::Tensor& x, const Lists& l, const Cal
   static const auto op = dispatcher.findSchemaOrThrow("rvae_fast::residual_stack", "").typed<Forward>();
   return std::get<0>(op.call(x, l[0], l[1], l[2], l[3], l[4], l[5], c.layers_per_unit, c.order, c.activation, c.slope, c.eps,
                              c.batch_statistics, c.dtype, /*keep=*/true));
+}
+
+// Running means and variances as a forward pass by them has found them.
+void restore_running(const Call& c, const at::Tensor& statistics, Lists& lists) {
+  for (int64_t i = 0; i < c.norms(lists); ++i) {
+    // In a plain stack a norm is as wide as the output of its layer; in a residual one all widths are the same.
+    const at::Tensor own = statistics.select(0, i).narrow(1, 0, lists[0][static_cast<size_t>(i)].size(0));
+    lists[4].push_back(own.select(0, kMean));
+    lists[5].push_back(own.select(0, kVariance));
+  }
 }
 
 // Gradients that will be differentiated themselves: forward once more, then backward with a graph.
@@ -142,10 +152,9 @@ class Stack : public torch::autograd::Function<Stack> {
     auto [out, saved] = run(x, lists, call, momentum, /*keep=*/true);
     saved.push_back(x);
     std::vector<int64_t> counts;
-    if (call.batch_statistics) lists[4].clear(), lists[5].clear();
-    for (const Tensors& list : lists) {
-      saved.insert(saved.end(), list.begin(), list.end());
-      counts.push_back(static_cast<int64_t>(list.size()));
+    for (size_t i = 0; i < 4; ++i) {
+      saved.insert(saved.end(), lists[i].begin(), lists[i].end());
+      counts.push_back(static_cast<int64_t>(lists[i].size()));
     }
     ctx->save_for_backward(std::move(saved));
     auto& data = ctx->saved_data;
@@ -173,11 +182,12 @@ class Stack : public torch::autograd::Function<Stack> {
     auto next = saved.begin() + 4;
     const std::vector<int64_t> counts = data.at("counts").toIntVector();
     std::vector<bool> needs{ctx->needs_input_grad(0)};
-    for (size_t i = 0; i < lists.size(); ++i) {
+    for (size_t i = 0; i < counts.size(); ++i) {
       lists[i].assign(next, next + counts[i]);
       next += counts[i];
-      for (int64_t k = 0; i < 4 && k < counts[i]; ++k) needs.push_back(ctx->needs_input_grad(needs.size()));
+      for (int64_t k = 0; k < counts[i]; ++k) needs.push_back(ctx->needs_input_grad(needs.size()));
     }
+    if (at::GradMode::is_enabled() && !call.batch_statistics) restore_running(call, kept[2], lists);
     variable_list result = one_by_one(incoming, [&](const variable_list& one) {
       if (at::GradMode::is_enabled()) return differentiable(call, one[0], x, lists, needs);
       const at::AutoDispatchBelowADInplaceOrView below;

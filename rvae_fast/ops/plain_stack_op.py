@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rvae_fast import reference
-from rvae_fast.ops.residual_stack_op import library
+from rvae_fast.ops.residual_stack_op import library, running_of
 
 # --- schema, fakes ---
 
@@ -121,10 +121,10 @@ train_op = torch.ops.rvae_fast.plain_stack_train.default
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, *lists = inputs[:7]
+    x, *lists = inputs[:5]  # not the running averages: see residual_stack_op
+    running = inputs[5]
     activation, slope, ctx.eps, batch_stats, dtype, _ = inputs[7:]
-    if batch_stats:
-        lists[4:] = [], []
+    ctx.running_dtype = running[0].dtype if running and not batch_stats else None
     ctx.options = (activation, slope, batch_stats, dtype)
     ctx.counts = [len(tensors) for tensors in lists]
     ctx.set_materialize_grads(False)
@@ -150,7 +150,8 @@ def _run_backward(
     x, inner, statistics, *tensors = ctx.saved_tensors
     lists = _lists(tensors, ctx.counts)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable_gradients(ctx, gradient, x, lists, need_x, needs)
+        running = running_of(statistics, [weight.shape[0] for weight in lists[0][:-1]], ctx.running_dtype)
+        return _differentiable_gradients(ctx, gradient, x, [*lists, *running], need_x, needs)
     weights, _, norm_weights, norm_biases, *_ = lists
     count = len(weights)
     none = [False] * (count - 1)

@@ -164,6 +164,8 @@ def run_reference(
 # --- autograd ---
 #
 # Parameters come as four lists in the order of the schema (weights, biases, norm_weights, norm_biases), whole or empty.
+# Running averages are not kept: what a forward pass by them has read is in its statistics, where no later batch changes
+# it. Torch's BatchNorm moves them without counting that as a write, so that a graph may well outlive it.
 
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 _Flags = tuple[list[bool], list[bool], list[bool], list[bool]]
@@ -229,14 +231,25 @@ def _differentiable_gradients(
     return grad_x, [[next(grads) if n else None for n in need] for need in needs]
 
 
+def running_of(
+    statistics: Tensor, widths: Sequence[int], dtype: torch.dtype | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Running means and variances as a forward pass by them has found them; none without ``dtype``, theirs."""
+    if dtype is None:
+        return [], []
+    rows = statistics.to(dtype)
+    means, variances = ([norm[row, :width] for norm, width in zip(rows, widths, strict=True)] for row in (0, 2))
+    return means, variances
+
+
 def _save(
     ctx: Any, backward: Callable[..., Any], inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
     ctx.backward_kernel = backward
-    x, *lists = inputs[:7]
+    x, *lists = inputs[:5]
+    running = inputs[5]
     layers, order, activation, slope, ctx.eps, batch_stats, dtype, _ = inputs[7:]
-    if batch_stats:
-        lists[4:] = [], []
+    ctx.running_dtype = running[0].dtype if running and not batch_stats else None
     ctx.options = (layers, order, activation, slope, batch_stats, dtype)
     ctx.counts = [len(tensors) for tensors in lists]
     ctx.set_materialize_grads(False)
@@ -254,9 +267,8 @@ def _run_backward(ctx: Any, gradient: Tensor | None, need_x: bool, needs: _Flags
         tensors = tensors[count:]
     parameters = (lists[0], lists[1], lists[2], lists[3])
     if (torch.is_grad_enabled() or is_batched(gradient)) and not torch.compiler.is_compiling():
-        return _differentiable_gradients(
-            gradient, x, parameters, (lists[4], lists[5]), ctx.options, ctx.eps, need_x, needs
-        )
+        running = running_of(statistics, [x.shape[1]] * len(lists[0]), ctx.running_dtype)
+        return _differentiable_gradients(gradient, x, parameters, running, ctx.options, ctx.eps, need_x, needs)
     kept = (inner, stream, statistics)
     return _gradients(ctx.backward_kernel, gradient, x, parameters, kept, ctx.options, need_x, needs)
 

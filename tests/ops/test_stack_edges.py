@@ -1,14 +1,18 @@
 """Both stacks where batch or state are unusual: rows with NaN, columns that are constant, averages of a norm that are
-somebody's view or take no part."""
+somebody's view, take no part, or change between forward and backward."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvae_fast import ResidualStack, _backend
 from rvae_fast._activations import Activation
@@ -29,6 +33,13 @@ def make(kind: str, width: int = 20) -> nn.Sequential:
 
 def norms(stack: nn.Module) -> list[nn.BatchNorm1d]:
     return [m for m in stack.modules() if isinstance(m, nn.BatchNorm1d)]
+
+
+class Recorded(TorchDispatchMode):
+    """Sees the ops that are called, so that they come through the dispatcher."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -95,3 +106,28 @@ def test_track_running_stats_switched_off(kind: str, some: bool) -> None:
     out = stack(x)
     with _backend.backend("reference"):
         torch.testing.assert_close(out, stack(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, Recorded], ids=["eager", "recorded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_training_between_forward_and_backward_by_running_statistics(
+    kind: str, mode: Callable[..., Any], twice: bool
+) -> None:
+    """The gradients are those of the pass, whatever has become of the running averages since."""
+    stack = make(kind).eval()
+    for norm in norms(stack):
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    x = torch.randn(9, 20, requires_grad=True)
+
+    def gradients(between: bool) -> tuple[torch.Tensor, ...]:
+        own = copy.deepcopy(stack)
+        with mode():
+            out = own(x)
+        if between:
+            own.train()(3 + 2 * torch.randn(9, 20))
+        first = torch.autograd.grad(out.square().sum(), [x, *own.parameters()], create_graph=twice)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), x) if twice else first
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected)
