@@ -136,10 +136,10 @@ void sum_buffers(const float* const* buffers, int64_t count, int64_t n, float* o
   });
 }
 
-void merge_moments(const int64_t* counts, const float* means, const float* m2s, int64_t tiles, int64_t stride,
-                   int64_t columns, double* mean, double* m2) {
+void merge_moments(const int64_t* counts, const float* means, const float* shifts, const float* m2s, int64_t tiles,
+                   int64_t stride, int64_t columns, double* mean, double* m2) {
   for (int64_t c = 0; c < columns; ++c) {
-    mean[c] = means[c];
+    mean[c] = static_cast<double>(means[c]) + shifts[c];
     m2[c] = m2s[c];
   }
   int64_t merged = counts[0];
@@ -147,9 +147,10 @@ void merge_moments(const int64_t* counts, const float* means, const float* m2s, 
     const double share = static_cast<double>(counts[t]) / static_cast<double>(merged + counts[t]);
     const double weight = share * static_cast<double>(merged);
     const float* tile_mean = means + t * stride;
+    const float* tile_shift = shifts + t * stride;
     const float* tile_m2 = m2s + t * stride;
     for (int64_t c = 0; c < columns; ++c) {
-      const double delta = tile_mean[c] - mean[c];
+      const double delta = (static_cast<double>(tile_mean[c]) + tile_shift[c]) - mean[c];
       mean[c] += delta * share;
       m2[c] += tile_m2[c] + delta * delta * weight;
     }

@@ -44,6 +44,7 @@ class ForwardPass {
     operands_ = scratch_.add(part_.chunks * round_up(operand_bytes_, kAlignment));
     strips_ = scratch_.add(part_.chunks * round_up(strip_bytes_, kAlignment));
     means_ = scratch_.add(part_.tiles * s_.padded() * 4);
+    shifts_ = scratch_.add(part_.tiles * s_.padded() * 4);
     m2s_ = scratch_.add(part_.tiles * s_.padded() * 4);
     merged_ = scratch_.add(2 * s_.padded() * 8);
     scratch_.allocate();
@@ -212,6 +213,7 @@ class ForwardPass {
 
   void set_moments(Epilogue& p, int64_t tile, int64_t column) const {
     p.mean = scratch_.get<float>(means_) + tile * s_.padded() + column;
+    p.shift = scratch_.get<float>(shifts_) + tile * s_.padded() + column;
     p.m2 = scratch_.get<float>(m2s_) + tile * s_.padded() + column;
   }
 
@@ -219,8 +221,8 @@ class ForwardPass {
     double* mean = scratch_.get<double>(merged_);
     double* m2 = mean + s_.padded();
     const int64_t width = s_.normed(layer);
-    k_.merge_moments(counts_.data(), scratch_.get<float>(means_), scratch_.get<float>(m2s_), part_.tiles, s_.padded(), width, mean,
-                     m2);
+    k_.merge_moments(counts_.data(), scratch_.get<float>(means_), scratch_.get<float>(shifts_), scratch_.get<float>(m2s_),
+                     part_.tiles, s_.padded(), width, mean, m2);
     float* out = statistics(layer);
     const double n = static_cast<double>(s_.rows);
     for (int64_t c = 0; c < width; ++c) {
@@ -251,7 +253,7 @@ class ForwardPass {
   PackedWeights packed_;
   const Kernels& k_;
   Scratch scratch_;
-  int64_t operand_bytes_, strip_bytes_, operands_, strips_, means_, m2s_, merged_;
+  int64_t operand_bytes_, strip_bytes_, operands_, strips_, means_, shifts_, m2s_, merged_;
   std::vector<int64_t> counts_;
   ForwardResult result_;
 };

@@ -51,7 +51,8 @@ struct Prologue {
   int64_t ld_operand;
 };
 
-// After a product: out = strip + bias + residual, and the (mean, M2) of its columns over the tile.
+// After a product: out = strip + bias + residual, and the (mean, M2) of its columns over the tile. The mean is mean + shift:
+// in one fp32 number, that of columns far from zero would be off by a part of their deviation, and the merged variance with it.
 // The strip is overwritten. `out.data == nullptr`: statistics alone.
 struct Epilogue {
   int64_t rows, columns, width;
@@ -60,6 +61,7 @@ struct Epilogue {
   Rows residual;
   RowsOut out;
   float* mean;  // 32 values each, or nullptr
+  float* shift;
   float* m2;
 };
 
@@ -139,9 +141,10 @@ struct Kernels {
                       int64_t panel_words);
   // out = the sum over `count` buffers, `n` values each.
   void (*sum_buffers)(const float* const* buffers, int64_t count, int64_t n, float* out);
-  // Chan's rule over `tiles` of (count, mean, M2): means[t * stride + c], m2s[...]; results in double, n_columns each.
-  void (*merge_moments)(const int64_t* counts, const float* means, const float* m2s, int64_t tiles, int64_t stride,
-                        int64_t columns, double* mean, double* m2);
+  // Chan's rule over `tiles` of (count, mean + shift, M2): means[t * stride + c], shifts[...], m2s[...]; results in double,
+  // n_columns each.
+  void (*merge_moments)(const int64_t* counts, const float* means, const float* shifts, const float* m2s, int64_t tiles,
+                        int64_t stride, int64_t columns, double* mean, double* m2);
   // out[c] = sum over tiles of values[t * stride + c], in double.
   void (*sum_tiles)(const float* values, int64_t tiles, int64_t stride, int64_t columns, double* out);
   void (*score_step)(const ScoreStep&);

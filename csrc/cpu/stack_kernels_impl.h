@@ -146,7 +146,8 @@ void epilogue_rows(const Epilogue& p) {
   for (int v = 0; v < kVectors; ++v) {
     const vf shift = rest[v] * share;
     const vf m2 = squares[v] - rest[v] * shift;
-    store(p.mean + v * kLanes, mean[v] + shift, Full{});
+    store(p.mean + v * kLanes, mean[v], Full{});
+    store(p.shift + v * kLanes, shift, Full{});
     // In a constant column of large numbers nothing but rounding is left, of either sign. (NaN stays NaN.)
     store(p.m2 + v * kLanes, m2 < 0.0f ? vf{} : m2, Full{});
   }

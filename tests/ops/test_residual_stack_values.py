@@ -95,19 +95,21 @@ def errors(result: dict[str, list[Tensor]], exact: dict[str, list[Tensor]]) -> d
     return found
 
 
-def check(stack: Stack, rows: int, width: int, autocast: bool = False, offset: float = 0.0) -> None:
+def check(
+    stack: Stack, rows: int, width: int, autocast: bool = False, offset: float = 0.0, draws: int | None = None
+) -> None:
     """The bound, on the median error over several draws of the rows: at an activation's kink a rounding can turn one
     slope into another, which decides the error of a handful of numbers."""
     found: dict[str, dict[str, list[float]]] = {"reference": {}, "native": {}}
-    for _ in range(max(1, min(32, 4000 // (rows * width)))):
+    for _ in range(draws or max(1, min(32, 4000 // (rows * width)))):
         x, gradient = sample(rows, width)
         x = x + offset
         exact = stack.run("reference", x, gradient, torch.float64)
         for backend, lists in found.items():
             for name, error in errors(stack.run(backend, x, gradient, torch.float32, autocast), exact).items():
                 lists.setdefault(name, []).append(error)
-    for name, draws in found["native"].items():
-        native, eager = median(draws), median(found["reference"][name])
+    for name, values in found["native"].items():
+        native, eager = median(values), median(found["reference"][name])
         assert native <= 2 * eager + 1e-6, f"{name}: {native:.3g}, PyTorch {eager:.3g}"
 
 
@@ -128,7 +130,7 @@ class TestAgainstFp64:
     @pytest.mark.parametrize("order", ["pre", "post"])
     @pytest.mark.parametrize(("count", "layers"), [(1, 1), (3, 3), (20, 2), (60, 3), (200, 2)])
     def test_depths(self, count: int, layers: int, order: str) -> None:
-        check(Stack(40, count, layers, order=order), 120, 40)
+        check(Stack(40, count, layers, order=order), 120, 40, draws=3)  # of 120 layers many a value is at a kink
 
     @pytest.mark.parametrize("order", ["pre", "post"])
     @pytest.mark.parametrize("batch_stats", [True, False])

@@ -1,5 +1,5 @@
-"""Both stacks where batch or state are unusual: rows with NaN, columns that are constant, averages of a norm that are
-somebody's view, take no part, or change between forward and backward."""
+"""Both stacks where batch or state are unusual: rows with NaN, columns that are constant or far from zero, averages of
+a norm that are somebody's view, take no part, or change between forward and backward."""
 
 from __future__ import annotations
 
@@ -131,3 +131,13 @@ def test_a_batch_of_training_between_forward_and_backward_by_running_statistics(
 
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e4, 1e5])
+@pytest.mark.parametrize("rows", [150, 1000])
+def test_variance_of_columns_far_from_zero(rows: int, ratio: float) -> None:
+    """A tile's mean in one fp32 number would be off by a part of their deviation."""
+    x = torch.randn(rows, 33) + ratio
+    stack = ResidualStack(33, 1, layers=1, momentum=1.0)
+    stack(x)
+    torch.testing.assert_close(norms(stack)[0].running_var.double(), x.double().var(0), rtol=2e-6, atol=0)
