@@ -229,12 +229,13 @@ def fit_hyperplane(
     with in_eval(model):
         at_once = GATHERED if inside.row_tile == 1 else TILE
         seen = map_rows(model, rows, inside, batch_size=at_once, row_tile=inside.row_tile, **options)
-    if not np.isfinite(seen).all():
+    features, differences = torch.from_numpy(seen[:, : inside.width]).float(), seen[:, inside.width :]
+    # Nor are there distances to rows so far away that the square of one is beyond fp32.
+    finite = np.isfinite(differences).all(axis=1) & torch.isfinite(features.square().sum(1)).numpy()
+    if not finite.all():
         raise ValueError(
-            f"{np.count_nonzero(~np.isfinite(seen).all(axis=1))} reference rows overflow the network: nothing can be "
-            "compared with them"
+            f"{np.count_nonzero(~finite)} reference rows overflow the network: nothing can be compared with them"
         )
-    features, differences = torch.from_numpy(seen[:, : inside.width].astype(np.float32)), seen[:, inside.width :]
     moments = Moments()
     moments.update(differences.copy())
     nap = moments.whiten(ridge=ridge)

@@ -200,14 +200,24 @@ def nap_parts(
 
 
 def moments_of(model: Autoencoder, x: Any, observe: Callable[[Tensor], Tensor], options: dict[str, Any]) -> Moments:
-    """Mean and scatter of what ``observe`` makes of a table's rows."""
-    moments = Moments()
+    """Mean and scatter of what ``observe`` makes of a table's rows.
+
+    Raises
+    ------
+    ValueError
+        Where rows overflow the network: of infinite differences there is no covariance.
+    """
+    moments, overflown = Moments(), 0
     with in_eval(model):
         for part in _parts(x):
             # Not a whole chunk at once: its differences would be several times the chunk itself.
             for start in range(0, part.shape[0], GATHERED):
                 rows = part[start : start + GATHERED]
-                moments.update(map_rows(model, rows, observe, batch_size=TILE, row_tile=TILE, **options))
+                seen = map_rows(model, rows, observe, batch_size=TILE, row_tile=TILE, **options)
+                overflown += int(np.count_nonzero(~np.isfinite(seen).all(axis=1)))
+                moments.update(seen)
+    if overflown:
+        raise ValueError(f"{overflown} rows overflow the network: NAP finds no covariance of their differences")
     return moments
 
 

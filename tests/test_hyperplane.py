@@ -182,6 +182,9 @@ def test_an_overflow_scores_infinite(rows: np.ndarray) -> None:
     assert np.isfinite(np.delete(scores, 3)).all()
     with pytest.raises(ValueError, match="1 reference rows overflow"):
         fit_hyperplane(model, wild)
+    wild[3] = 1e30  # its features are numbers, their square is none
+    with pytest.raises(ValueError, match="1 reference rows overflow"):
+        fit_hyperplane(model, wild)
 
 
 def test_training_mode_is_left_as_it_was(rows: np.ndarray) -> None:

@@ -232,6 +232,8 @@ def test_an_overflow_scores_infinite(rows: np.ndarray) -> None:
     for scores in (sap_scores(model, rows), nap_scores(model, nap, rows)):
         assert np.isposinf(scores[3])
         assert np.isfinite(np.delete(scores, 3)).all()
+    with pytest.raises(ValueError, match="1 rows overflow the network"):
+        fit_nap(model, rows)
 
 
 def test_training_mode_is_left_as_it_was(rows: np.ndarray) -> None:
