@@ -108,7 +108,7 @@ class Scorer:
         self._model: Autoencoder | None = None
         if _backend.choose("score", "cpu", IMPLEMENTED) != "native" or not covers(model):
             self.backend, self.pathways = "reference", tuple(PATHWAYS)
-            self._model = copy.deepcopy(model).eval().requires_grad_(False)
+            self._model = copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
             return
         self.backend, self.pathways = "native", COVERED
         config = model.config()

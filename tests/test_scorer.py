@@ -270,6 +270,12 @@ def test_fp64_models_score_by_the_reference() -> None:
         torch.testing.assert_close(got[name], right.float(), msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_a_model_that_scores_itself_is_copied_to_the_cpu() -> None:
+    """As the weights of others are; on "meta", where there is nothing to copy, that is an error at once."""
+    with pytest.raises(NotImplementedError, match="meta"):
+        freeze(make().double().to("meta"))
+
+
 def test_the_backend_in_force_is_taken() -> None:
     model, x = RVAE(12, 3, n_layers=4).eval(), torch.rand(9, 12)
     with rvae_fast.backend("reference"):

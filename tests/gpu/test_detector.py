@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from rvae_fast import RVAEDetector
+from rvae_fast import RVAE, RVAEDetector, freeze
 
 SCORES = ("reconstruction", "elbo", "sap", "nap", "local", "hyperplane")
 
@@ -46,3 +46,12 @@ def test_what_else_a_detector_gives(device: torch.device) -> None:
         np.testing.assert_allclose(getattr(detector, name)(X), getattr(here, name)(X), rtol=1e-3, atol=1e-3)
     one, all_of_them = detector.score_samples(X[:1]), detector.score_samples(X)
     np.testing.assert_allclose(one, all_of_them[:1], rtol=1e-4)
+
+
+def test_a_frozen_model_scores_on_the_cpu(device: torch.device) -> None:
+    """Whether the native scorer covers it, or, in fp64, a copy of the model has to run."""
+    for dtype in (torch.float32, torch.float64):
+        model, x = RVAE(12, 3, n_layers=4).to(device, dtype).eval(), torch.rand(9, 12, dtype=dtype)
+        torch.testing.assert_close(
+            freeze(model)(x), model.anomaly_score(x.to(device)).float().cpu(), rtol=1e-3, atol=1e-4
+        )
