@@ -37,7 +37,7 @@ class DirectGradients:
         self._model, self._parameters = model, list(parameters)
         self._ours = IS_AVAILABLE and type(model) in MODELS.values()
         self._places: list[Tensor] = []  # the parameters, in the kernel's order
-        self._flat = torch.empty(0)
+        self._flat = torch.empty(0, device="cpu")
         self._views: list[Tensor] = []
         self._before: tuple[Any, ...] | None = None  # the kernel's arguments before and behind those of a batch
         self._behind: tuple[Any, ...] = ()
@@ -121,7 +121,7 @@ class DirectGradients:
         self._places = places
         sizes = [[p.numel() for tensors in part.lists[:4] for p in tensors] for part in parts]
         padded = [sum(own) + -sum(own) % ALIGNMENT for own in sizes]
-        self._flat = torch.zeros(sum(padded), dtype=torch.float32)
+        self._flat = torch.zeros(sum(padded), dtype=torch.float32, device="cpu")
         wholes = self._flat.split(padded)
         pieces = chain(*(whole[: sum(own)].split(own) for whole, own in zip(wholes, sizes, strict=True)))
         self._views = [piece.view(p.shape) for piece, p in zip(pieces, places, strict=True)]

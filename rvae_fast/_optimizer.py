@@ -52,7 +52,7 @@ class Optimizer:
         self._fold = torch.float64 not in by_dtype
         #: Whether norm and step run as the package's own kernels.
         self._native = HAS_KERNELS and device.type == "cpu" and list(by_dtype) == [torch.float32]
-        self._rate = torch.zeros((), dtype=torch.float64)
+        self._rate = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def norm(self) -> Tensor:
         """Global L2 norm of the gradients, a scalar on their device."""

@@ -134,9 +134,9 @@ def write(steps: list[_Step], bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
         offsets = (put(step.bias), put(step.scale), put(step.shift))
         rows.append([reads, step.width, weight, *offsets, *(int(flag) for flag in flags)])
     return (
-        torch.tensor(rows),
+        torch.tensor(rows, device="cpu"),
         _pack_op(weights, bf16),
-        torch.cat(vectors) if vectors else torch.zeros(0, dtype=torch.float32),
+        torch.cat(vectors) if vectors else torch.zeros(0, dtype=torch.float32, device="cpu"),
     )
 
 

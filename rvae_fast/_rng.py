@@ -31,13 +31,13 @@ def derive(seed: int, purpose: str, index: int = 0) -> int:
 
 def draw_seed() -> int:
     """A seed from torch's global generator (advances it by one draw, as a ``DataLoader`` does)."""
-    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
+    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item())
 
 
 def permutation(n: int, seed: int, purpose: str, index: int = 0) -> Tensor:
     """A random order of ``range(n)``, int64 on the CPU."""
     generator = torch.Generator().manual_seed(derive(seed, purpose, index))
-    return torch.randperm(n, generator=generator)
+    return torch.randperm(n, generator=generator, device="cpu")
 
 
 def turn() -> contextlib.AbstractContextManager[Any]:

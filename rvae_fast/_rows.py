@@ -71,7 +71,7 @@ class Rows:
             free = torch.cuda.mem_get_info(device)[0]
             if self._table.numel() * self._table.element_size() <= free // 2:
                 self._table = self._table.to(device)
-        source = self._table if self._table is not None else torch.empty(0, dtype=dtype)
+        source = self._table if self._table is not None else torch.empty(0, dtype=dtype, device="cpu")
         #: Where the index of :meth:`gather` is wanted.
         self.index_device = source.device
         self._turn = 0
@@ -81,7 +81,8 @@ class Rows:
         if self.index_device.type == "cpu" and self._table is not None:
             # Two pinned buffers: the CPU fills one while the copy of the other is under way.
             pinned = device.type == "cuda"
-            self._raw = [torch.empty(shape, dtype=source.dtype, pin_memory=pinned) for _ in range(2 if pinned else 1)]
+            options: dict[str, Any] = {"dtype": source.dtype, "device": "cpu", "pin_memory": pinned}
+            self._raw = [torch.empty(shape, **options) for _ in range(2 if pinned else 1)]
             self._events = [torch.cuda.Event() for _ in self._raw] if pinned else []
         direct = self._raw and device.type == "cpu" and source.dtype == dtype
         self._out = self._raw[0] if direct else torch.empty(shape, dtype=dtype, device=device)

@@ -67,7 +67,7 @@ class Stepper:
         self._draws = _may_draw(model)
         self._looked_for: Tensor | None = None
         self.guard = BufferGuard(model)
-        self.order = torch.empty(0, dtype=torch.int64)
+        self.order = torch.empty(0, dtype=torch.int64, device="cpu")
         #: True while an update is half made; if a run is broken off there, its state must not be saved.
         self.torn = False
         # fp32 whatever torch's default dtype: the kernels take no other.

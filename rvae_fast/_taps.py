@@ -46,7 +46,7 @@ def taps(model: Autoencoder, pathway: str) -> Tensor:
             add(step, model.latent_features)
         elif model.is_residual or isinstance(module, Activation):
             add(step, width)
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.tensor(found, dtype=torch.int64, device="cpu")
 
 
 def ends(model: Autoencoder) -> dict[int, tuple[int, int]]:

@@ -102,9 +102,9 @@ class Run:
     def _split(self, separate: bool) -> tuple[Tensor, Tensor | None]:
         """Indices of the rows to train on and of those to validate on (in :attr:`held_out`), if any."""
         n, fraction = self.rows.n_rows, self.config.validation_fraction
-        train, held_out = torch.arange(n), None
+        train, held_out = torch.arange(n, device="cpu"), None
         if separate:
-            held_out = torch.arange(self.held_out.n_rows)
+            held_out = torch.arange(self.held_out.n_rows, device="cpu")
             if not len(held_out):
                 raise ValueError("validation must have at least one row, got none")
         elif fraction > 0:

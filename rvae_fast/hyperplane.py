@@ -245,7 +245,7 @@ def fit_hyperplane(
     squared, apart, nearest = (torch.cat(tiles) for tiles in zip(*found, strict=True))
     naps = torch.from_numpy(((differences - nap.mean) @ nap.whitening) ** 2 @ np.ones(nap.rank))
     values = torch.stack([squared, apart, naps], 1)
-    floors = values.mean(0) * torch.tensor([FLOOR, math.sqrt(FLOOR), FLOOR], dtype=torch.float64)
+    floors = values.mean(0) * values.new_tensor([FLOOR, math.sqrt(FLOOR), FLOOR])
     if not bool((floors > 0.0).all()):
         raise ValueError("the reference rows do not differ inside the network: there is nothing to compare")
     logs = torch.log(torch.maximum(values, floors))
