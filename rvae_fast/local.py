@@ -287,13 +287,18 @@ def sample_rows(x: Any, size: int) -> NDArray[Any]:
         keep = np.ones(len(drawn), dtype=bool)
         if len(keys) == size:
             keep = drawn < keys.max()  # the others could not stay: they need not be copied
-        chosen = part[torch.from_numpy(keep)].detach().cpu().numpy() if isinstance(part, Tensor) else part[keep]
+        chosen = _as_array(part[torch.from_numpy(keep)]) if isinstance(part, Tensor) else part[keep]
         rows = np.array(chosen) if rows is None else np.concatenate([rows, chosen])
         keys = np.concatenate([keys, drawn[keep]])
         if len(keys) > size:
             smallest = np.sort(np.argpartition(keys, size)[:size])
             rows, keys = rows[smallest], keys[smallest]
     return np.empty((0, 0)) if rows is None else rows
+
+
+def _as_array(rows: Tensor) -> NDArray[Any]:
+    rows = rows.detach().cpu()
+    return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()  # NumPy has no bf16
 
 
 def columns_of(model: Autoencoder, wanted: Sequence[int]) -> list[tuple[int, int]]:

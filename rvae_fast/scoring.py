@@ -210,7 +210,8 @@ def _batch(rows: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     wanted = np.float64 if dtype == torch.float64 else np.float32
     # Torch warns about read-only arrays and refuses negative strides; a plain array is taken as it is.
     as_is = rows.dtype == wanted and rows.flags.c_contiguous and rows.flags.writeable
-    return torch.from_numpy(rows if as_is else np.array(rows, dtype=wanted, order="C")).to(device)
+    # A 16-bit network's dtype NumPy may not have.
+    return torch.from_numpy(rows if as_is else np.array(rows, dtype=wanted, order="C")).to(device=device, dtype=dtype)
 
 
 def _parts(x: Any) -> Iterator[Any]:

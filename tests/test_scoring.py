@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rvae_fast import scoring
+from rvae_fast.local import fit_local, local_scores
 from rvae_fast.models import AE, RVAE
 from rvae_fast.scoring import map_rows, score_rows
 
@@ -27,6 +28,19 @@ def model() -> RVAE:
 @pytest.fixture
 def rows() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(1000, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_networks_and_tables(model: RVAE, rows: np.ndarray, dtype: torch.dtype) -> None:
+    """NumPy has no bf16: an array becomes what the network takes, and a table is sampled as fp32."""
+    rows = rows[:200].astype(np.float32)
+    expected = fit_local(model, torch.from_numpy(rows).to(dtype).float())
+    np.testing.assert_array_equal(fit_local(model, torch.from_numpy(rows).to(dtype)).codes, expected.codes)
+    model = model.to(dtype)
+    of_tensor = score_rows(model, torch.from_numpy(rows))
+    for table in (rows, rows.astype(np.float64), [rows[:150], rows[150:]]):
+        np.testing.assert_array_equal(score_rows(model, table), of_tensor)
+    assert np.isfinite(local_scores(model, fit_local(model, rows), rows)).all()
 
 
 @pytest.mark.parametrize("kld_weight", [0.0, 1.0])
