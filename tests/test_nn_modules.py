@@ -87,7 +87,13 @@ def parametrised(block: Any) -> None:
     parametrizations.weight_norm(block.linears[0])
 
 
-CHANGES = (wrapped, adapted, own_forward, hooked, another_eps, eps_of_one, spectral, parametrised)
+def narrowed(block: Any) -> None:
+    """A bottleneck: layers of the kind they were, of other widths."""
+    block.linears[0], block.linears[1] = nn.Linear(8, 5), nn.Linear(5, 8)
+    block.norms[1 if block.order == "pre" else 0] = nn.BatchNorm1d(5)
+
+
+CHANGES = (wrapped, adapted, own_forward, hooked, another_eps, eps_of_one, spectral, parametrised, narrowed)
 
 
 @pytest.mark.parametrize("order", ORDERS)

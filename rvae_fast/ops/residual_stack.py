@@ -71,6 +71,12 @@ def _triton_dtype(x: Tensor, lists: Sequence[Sequence[Tensor]], batch_stats: boo
     return triton_kernels.why_not(x, lists, dtype, batch_stats, autocast) or dtype
 
 
+def _are_square(weights: Sequence[Tensor]) -> bool:
+    """Whether the weights are those of layers of one width; they are not where somebody has made a bottleneck."""
+    shapes = [weight.shape for weight in weights]
+    return shapes[0][0] == shapes[0][1] and shapes.count(shapes[0]) == len(shapes)
+
+
 def choose(
     x: Tensor, lists: Sequence[list[Tensor] | None], batch_stats: Sequence[bool], dropout: float
 ) -> tuple[str, torch.dtype]:
@@ -91,6 +97,8 @@ def choose(
         chosen = "layers of which some have a bias, weight or buffer and some have not"
     elif len(set(batch_stats)) > 1:
         chosen = "norms of which some take the statistics of the batch and some do not"
+    elif not _are_square(whole[0]):
+        chosen = "layers of more than one width"
     elif not torch.compiler.is_compiling() and transformed():
         chosen = "transforms of torch.func and forward-mode AD"
     elif name == "native":
