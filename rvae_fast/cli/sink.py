@@ -28,8 +28,11 @@ def check_output(path: Path) -> str:
     """Return the format that a file of scores will have; ValueError if its name tells none that can be written."""
     from rvae_fast.datasets.readers import table_format
 
-    kind = table_format(path)
-    if kind not in {"csv", "parquet", "npz"} or path.suffix in {".bz2", ".zst"}:
+    kind = None
+    with contextlib.suppress(ValueError):  # what can be read is not what can be written
+        kind = table_format(path)
+    packed = path.suffix.lower() in {".bz2", ".zst", *({".gz"} if kind != "csv" else ())}
+    if kind not in {"csv", "parquet", "npz"} or packed:
         raise ValueError(f"{path}: scores are written as .csv, .tsv (also .gz), .parquet or .npz")
     return kind
 
@@ -82,10 +85,11 @@ class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
         self._temporary = self._stack.enter_context(atomic_path(self._path))
         self._temporary.touch()
         if self._kind == "csv":
-            raw: Any = gzip.open(self._temporary, "wb") if self._path.suffix == ".gz" else open(self._temporary, "wb")
+            suffixes = [suffix.lower() for suffix in self._path.suffixes]
+            raw: Any = gzip.open(self._temporary, "wb") if suffixes[-1] == ".gz" else open(self._temporary, "wb")
             self._stack.enter_context(raw)
             text = self._stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
-            self._open_csv(text, "\t" if ".tsv" in self._path.suffixes else ",")
+            self._open_csv(text, "\t" if ".tsv" in suffixes else ",")
         return self
 
     def _open_csv(self, text: IO[str], delimiter: str) -> None:

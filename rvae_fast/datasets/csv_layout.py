@@ -69,7 +69,9 @@ def pyarrow_csv() -> Any:
 
 def stream(path: Path) -> Any:
     """Open a file for reading, decompressed if its name says that it is compressed."""
-    return pyarrow_csv().input_stream(str(path), compression="detect")
+    # Arrow detects it by lower-case names alone.
+    kind = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(path.suffix.lower(), "detect")
+    return pyarrow_csv().input_stream(str(path), compression=kind)
 
 
 def decode(value: bytes, encoding: str) -> str:
@@ -124,8 +126,11 @@ def find_layout(path: Path, options: CsvOptions) -> Layout:
     if "\0" in text:
         raise TableError(f"{path}: not a text file (it holds zero bytes); expected CSV")
     delimiter = options.delimiter or _find_delimiter(text, options.decimal)
-    first, n_lines = _first_record(text, delimiter)
-    naming = _naming(first, text, delimiter, options)
+    try:
+        first, n_lines = _first_record(text, delimiter)
+        naming = _naming(first, text, delimiter, options)
+    except csv.Error as error:  # which is no ValueError
+        raise TableError(f"{path}: cannot be read as CSV ({error}); is a quote at its beginning not closed?") from error
     # Arrow counts skipped lines as they are in the file, blank ones too
     # A number takes some 25 bytes at most; a text may be longer, as the lines seen here tell.
     block = max(BLOCK_BYTES, 64 * len(first), 4 * max(map(len, head.splitlines())))

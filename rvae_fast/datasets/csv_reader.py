@@ -127,12 +127,14 @@ def _explain(path: Path, layout: Layout, features: Sequence[str], cause: Excepti
     # Only where it was a guess: who gave the delimiter knows it.
     separated = f" (separated by {layout.delimiter!r}; delimiter= says another)" if layout.guessed_delimiter else ""
     split = False
+    line = 0  # the last one of the record before
     try:
         with stream(path) as opened:
             text = io.TextIOWrapper(opened, encoding=layout.encoding, errors="replace", newline="")
             reader = csv.reader(text, delimiter=layout.delimiter)
             for record in reader:
-                if reader.line_num <= layout.header_lines or not record:
+                line = reader.line_num
+                if line <= layout.header_lines or not record:
                     continue
                 if len(record) != width and not bad:
                     found = f"line {reader.line_num} has {len(record)} values, expected {width}"
@@ -143,12 +145,16 @@ def _explain(path: Path, layout: Layout, features: Sequence[str], cause: Excepti
                         right = is_boolean(cell) if name in layout.booleans else is_number(cell, layout.decimal)
                         if cell not in MISSING and not right:
                             kind = ", after true and false alone" if name in layout.booleans else ""
+                            if not kind and is_boolean(cell):
+                                kind = ", in a column whose beginning is not true and false alone"
                             bad[name] = f"{name!r} (first {cell!r}, line {reader.line_num}{kind})"
-                            commas |= layout.decimal == "." and is_number(cell, ",")
+                            commas |= layout.decimal == "." and "," in cell and is_number(cell, ",")
                             split |= any(one in cell for one in others)
                 if len(bad) == len(places) or (bad and reader.line_num > 200_000):
                     break
-    except (OSError, csv.Error, UnicodeError) as error:
+    except csv.Error as error:
+        return TableError(f"{path}: line {line + 1} cannot be read ({error}); is a quote in it not closed?")
+    except (OSError, UnicodeError) as error:
         return TableError(f"{path}: cannot be read to its end; the file is damaged ({error})")
     if bad:
         shown = ", ".join(list(bad.values())[:MAX_REPORTED])

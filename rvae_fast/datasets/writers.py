@@ -68,7 +68,7 @@ def write_scores(
         if values.shape != columns["score"].shape or values.ndim != 1:
             raise ValueError(f"{name}: expected one value a row, shape {columns['score'].shape}, got {values.shape}")
     kind = table_format(path)
-    if kind not in ("csv", "parquet", "npz"):
+    if kind not in ("csv", "parquet", "npz") or (kind != "csv" and path.suffix.lower() == ".gz"):
         raise ValueError(f"path: scores are written as .csv, .tsv, .parquet or .npz, got {path.name!r}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: the file exists")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -78,6 +79,14 @@ def test_output_formats(kind: str, model: Path, table: Path, expected: np.ndarra
     assert scores == expected.tolist()
     assert set(flags) == {0, 1}
     assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_a_name_in_capitals_is_compressed_too(model: Path, table: Path, tmp_path: Path, run: Run) -> None:
+    run("score", model, table, "-o", tmp_path / "S.TSV.GZ")
+    assert gzip.decompress((tmp_path / "S.TSV.GZ").read_bytes()).startswith(b"id\tscore\tanomaly\n")
+    for name in ("s.csv.BZ2", "s.parquet.gz", "s.npz.gz", "s.json"):  # none of them would be what its name says
+        result = run("score", model, table, "-o", tmp_path / name, code=2)
+        assert "scores are written as .csv, .tsv (also .gz), .parquet or .npz" in " ".join(result.stderr.split())
 
 
 def test_columns_are_found_by_name(model: Path, tmp_path: Path, expected: np.ndarray, run: Run) -> None:

@@ -109,8 +109,8 @@ def test_csv_that_mixes_encodings(tmp_path: Path) -> None:
         ('a,id\n1,"two\nlines"\nred,3\n', {"id": "id"}, r"not numeric: 'a' \(first 'red', line 4\)"),
         ("1,2\n3,four\n", {}, r"'x1' \(first 'four', line 2\)"),
         ("a,b\n1,TrUe\n", {}, r"'b' \(first 'TrUe', line 2\)"),
-        ("a,b\n1,true\n2,maybe\n", {}, r"'b' \(first 'true', line 2\)"),
-        ("a,b\n1,true\n2,false\n3,0.5\n", {}, r"'b' \(first 'true', line 2\)"),
+        ("a,b\n1,true\n2,maybe\n", {}, r"'b' \(first 'true', line 2, in a column"),
+        ("a,b\n1,true\n2,false\n3,0.5\n", {}, r"'b' \(first 'true', line 2, in a column whose beginning is not true"),
         ("a,b\n1,1_000\n", {}, r"'b' \(first '1_000', line 2\)"),
         ("a,b\n1,2.5\n", {"decimal": ","}, r"'b' \(first '2.5', line 2\)"),
         ("", {}, "the file is empty"),
@@ -197,6 +197,25 @@ def test_damaged_compression(tmp_path: Path, name: str, squeeze, monkeypatch: py
             read_table(write(tmp_path, damaged, name))
 
 
+@pytest.mark.parametrize("name", ["T.CSV.GZ", "t.csv.Bz2"])
+def test_compression_by_a_name_in_capitals(tmp_path: Path, name: str) -> None:
+    squeeze = gzip.compress if name.endswith("GZ") else bz2.compress
+    assert read_table(write(tmp_path, squeeze(b"a,b\n1,2\n"), name)).X.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ('a,b\n1,2\n3,"4\n', r"line 3 cannot be read .*is a quote in it not closed\?"),
+        ('a,b,\n1,"2,\n', r"cannot be read as CSV .*is a quote at its beginning not closed\?"),
+        ('a,"b\n', r"cannot be read as CSV .*is a quote at its beginning not closed\?"),
+    ],
+)
+def test_a_quote_that_is_not_closed(start: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TableError, match=message):
+        read_table(write(tmp_path, start + "1,2\n" * 50_000))
+
+
 def test_texts_of_several_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csv_module, "BLOCK_BYTES", 256)  # blocks end inside texts
     path = write(tmp_path, "id,a\n" + "".join(f'"first {row}\nsecond",{row}\n' for row in range(200)))
@@ -231,5 +250,6 @@ def test_rows_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_value_that_is_not_boolean_after_many_that_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csv_module, "HEAD_BYTES", 256)
     path = write(tmp_path, "a,b\n" + "1,true\n" * 100 + "2,0.5\n")
-    with pytest.raises(TableError, match=r"'b' \(first '0.5', line 102, after true and false alone\)"):
+    message = r"'b' \(first '0.5', line 102, after true and false alone\); leave them"  # a comma would not help
+    with pytest.raises(TableError, match=message):
         read_table(path)

@@ -116,6 +116,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         ({"extra": {"z": [1]}}, "z: expected one value a row"),
         ({"path": "s.npy"}, "scores are written as .csv"),
         ({"path": "s.csv.bz2"}, "written as .gz"),
+        ({"path": "s.parquet.gz"}, "scores are written as .csv"),
         ({"path": "s.xlsx"}, "cannot tell the format"),
     ],
 )
