@@ -147,7 +147,7 @@ def fit(
     from rvae_fast.cli.interrupted import keep_trained, keep_what_there_is, name_columns, save_trained
     from rvae_fast.cli.members import checkpoint_files, summary
     from rvae_fast.cli.run import split_names, told_of_file
-    from rvae_fast.cli.source import binary_labels, frame, open_source, parse_shape
+    from rvae_fast.cli.source import binary_labels, frame, normal_rows, open_source, parse_shape
 
     shape = parse_shape(image_shape)
     outputs = [out]
@@ -201,7 +201,7 @@ def fit(
         if table.labels is not None:
             truth = binary_labels([table.labels], anomaly_value)
             if truth.any() and not keep_anomalies:
-                X = X[truth == 0]
+                X = normal_rows(table.X, truth, source.name)
                 if not quiet:
                     note(f"left out {len(table.X) - len(X):,} labelled anomalies; training on {len(X):,} rows")
         names = learnt_names(source, table)
@@ -219,8 +219,6 @@ def fit(
         if checkpoint is not None:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             given["checkpoint"] = str(checkpoint)
-            for file in () if resume else checkpoints:
-                file.unlink(missing_ok=True)  # it exists only with --force
         started = time.perf_counter()
         detector: Any = detector_class(**given, random_state=seed, resume=resume, verbose=0 if quiet else 1)
         if several is not None:

@@ -94,7 +94,7 @@ def fit_score(
     from rvae_fast.cli.columns import tell_columns, use_columns
     from rvae_fast.cli.common import usage_error
     from rvae_fast.cli.run import load_detector, split_names, told_of_file
-    from rvae_fast.cli.source import binary_labels, frame, open_source
+    from rvae_fast.cli.source import binary_labels, frame, normal_rows, open_source
 
     refuse_to_overwrite([out], force)
 
@@ -125,7 +125,7 @@ def fit_score(
                 table = source.read()
             X = table.X
             if table.labels is not None:
-                X = X[binary_labels([table.labels], anomaly_value) == 0]
+                X = normal_rows(X, binary_labels([table.labels], anomaly_value), source.name)
                 left_out += len(table.X) - len(X)
             if tables and X.shape[1] != tables[0].shape[1]:
                 raise ValueError(f"{source.name} has {X.shape[1]} columns, {data[0]} has {tables[0].shape[1]}")

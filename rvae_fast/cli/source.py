@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rvae_fast.datasets import Dataset, Table
     from rvae_fast.datasets.tables import Naming
 
-__all__ = ["Source", "binary_labels", "frame", "open_source", "parse_shape"]
+__all__ = ["Source", "binary_labels", "frame", "normal_rows", "open_source", "parse_shape"]
 
 PARTS = ("all", "train", "validation", "test")
 
@@ -254,6 +254,13 @@ def binary_labels(labels: Sequence[np.ndarray], anomaly_values: Sequence[str] | 
     if len({part.dtype.kind in "biuf" for part in parts}) > 1:
         parts = [part.astype(str) for part in parts]
     return anomaly_labels(np.concatenate(parts), list(anomaly_values) if anomaly_values else None)
+
+
+def normal_rows(X: np.ndarray, truth: np.ndarray, name: str) -> np.ndarray:
+    """Return the rows that are not labelled anomalies; an error where all of them are."""
+    if truth.all():
+        fail(f"{name}: all of its {len(X):,} rows are labelled anomalies; normal ones are learnt from")
+    return X[truth == 0]
 
 
 def frame(X: np.ndarray, names: Sequence[str] | None) -> Any:

@@ -256,6 +256,9 @@ def test_checkpoint_and_resume(table: Path, tmp_path: Path, run: Callable[..., A
     anew = json.loads(run(*arguments, "-o", tmp_path / "c", "--force").stdout)
     assert anew["threshold"] == first["threshold"]
     assert "--checkpoint" in run("fit", table, "-o", tmp_path / "d", "--resume", code=2).stderr
+    before = state.read_bytes()
+    run(*arguments, "-o", tmp_path / "d", "--force", "--contamination", "0.9", code=1)
+    assert state.read_bytes() == before  # what is refused replaces nothing
 
 
 @pytest.mark.parametrize(
@@ -296,12 +299,14 @@ def test_wrong_options(
         ("a,b\n1,2\n3,\n5,6\n", "t.csv contains 1 NaN and 0 infinite values"),
         ("a,b\n1,2\n3,\n5,6\n", "in column 'b' (1 NaN); --missing mean or --missing median fills NaN"),
         ("a,b\n1,2\n3,inf\n5,6\n", "1 infinite"),
+        ("a,b,odd\n1,2,1\n3,4,1\n", "t.csv: all of its 2 rows are labelled anomalies"),
     ],
 )
 def test_bad_tables(content: str, message: str, tmp_path: Path, run: Callable[..., Any]) -> None:
     path = tmp_path / "t.csv"
     path.write_text(content)
-    result = run("fit", path, "-o", tmp_path / "m", *QUICK, code=1)
+    label = ("--label", "odd") if "odd" in content else ()
+    result = run("fit", path, "-o", tmp_path / "m", *QUICK, *label, code=1)
     assert message in result.stderr
     assert result.stderr.count("error:") == 1
     assert not (tmp_path / "m").exists()

@@ -89,6 +89,9 @@ def test_refusals(model: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     assert "--score-by must be one of" in result.stderr
     result = run("fit-score", model, fresh, "--label", "faulty", "--contamination", 0.8, "-o", out, code=1)
     assert "contamination" in result.stderr
+    odd = write_csv(tmp_path / "odd.csv", X, np.ones(50, dtype=int))
+    result = run("fit-score", model, odd, "--label", "faulty", "-o", out, code=1)
+    assert "odd.csv: all of its 50 rows are labelled anomalies" in result.stderr
     assert "needs --label" in run("fit-score", model, fresh, "--anomaly-value", 1, "-o", out, code=2).stderr
     assert not out.exists()
     assert "exists; --force overwrites it" in run("fit-score", model, fresh, "-o", model, code=2).stderr
