@@ -109,14 +109,20 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device | None = No
     kind, name = document.get("kind"), document.get("class")
     try:
         if kind == "model" and name in MODELS:
-            return restore_model(path, name, document, tensors).to(place)
-        if kind == "detector":
+            model = restore_model(path, name, document, tensors)
+        elif kind == "detector":
             return restore_detector(path, document, tensors, device)
-        if kind == "ensemble" and name == "EnsembleDetector":
+        elif kind == "ensemble" and name == "EnsembleDetector":
             return restore_ensemble(path, document, tensors, device)
+        else:
+            raise FileFormatError(unknown(path, kind, name))
     except KeyError as error:
         raise FileFormatError(f"{path} lacks {error}, which {article(kind)} {name} must have") from error
-    raise FileFormatError(unknown(path, kind, name))
+    except FileFormatError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:  # a text for a number, a list for a mapping
+        raise FileFormatError(f"{path} cannot be {article(kind)} of class {name!r}: {error}") from error
+    return model.to(place)
 
 
 def _is_of(module: str, obj: object) -> Any:

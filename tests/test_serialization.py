@@ -232,6 +232,13 @@ def test_content_that_does_not_fit_together(table: np.ndarray, path: Path) -> No
     refused(detector, lambda d, t: t.update({"scaler.scale": torch.ones(4)}), r"scaler.scale has shape \[4\]")
     refused(detector, lambda d, t: t.pop("scaler.center"), r"lacks 'scaler\.center'")
     refused(detector, lambda d, t: d.update(feature_names=["a"]), r"feature_names has shape \[1\]")
+    refused(detector, lambda d, t: d.update(feature_names=7), "cannot be a detector of class 'RVAEDetector': .*int")
+    refused(detector, lambda d, t: d.update(offset=[]), "cannot be a detector of class 'RVAEDetector': float")
+    refused(detector, lambda d, t: d.update(history="lost"), "cannot be a detector of class 'RVAEDetector'")
+    refused(detector, lambda d, t: d["parameters"].update(anomaly_score=3), "cannot be a detector .*anomaly_score must")
+    refused(model, lambda d, t: d.update(frozen=1), "cannot be a model of class 'RVAE'")
+    refused(model, lambda d, t: d.update({"class": []}), "cannot be a model of class")
+    refused(model, lambda d, t: t.update({first: t[first].int()}), "cannot be a model of class 'RVAE'")
 
 
 def test_nothing_in_a_file_can_run(path: Path) -> None:
