@@ -122,6 +122,13 @@ def test_training_from_a_memory_map_is_training_from_memory(model, table, same, 
         same(trained[0], other)
 
 
+def test_a_batch_of_more_rows_than_memory_holds_is_all_rows(model, table, same) -> None:
+    trained = [model(), model()]
+    for one, size in zip(trained, (70, 2**50), strict=True):
+        train(one, table(70), TrainingConfig(epochs=2, batch_size=size, seed=3, precision="fp32"))
+    same(*trained)
+
+
 @pytest.mark.parametrize(
     ("data", "error", "match"),
     [
