@@ -97,7 +97,7 @@ def demo(
             "--epochs", "-e", min=1, help="[default: by the data; digits: 100, mnist: 10, which takes minutes]"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split and of the training.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the split and of the training.")] = 0,
     json_output: JsonOption = False,
     quiet: QuietOption = False,
     force: ForceOption = False,

@@ -106,7 +106,10 @@ def fit(
         typer.Option("--scaler", help="[default: standard; with --preset image...: none]", rich_help_panel=MODEL),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="The same seed gives the same model.", rich_help_panel=TRAINING)
+        int,
+        typer.Option(
+            "--seed", min=0, max=2**32 - 1, help="The same seed gives the same model.", rich_help_panel=TRAINING
+        ),
     ] = 0,
     checkpoint: Annotated[
         Path | None,

@@ -17,7 +17,7 @@ _PHRASES = (
     (r"leave it out \(drop\)", "leave it out (--drop of fit)"),
     (r"decimal=','", "--decimal ,"),
     (r"delimiter= says", "--delimiter says"),
-    (r", or give format=", ""),
+    (r", or give format=", "; CSV by another name is read from standard input: - < FILE"),
     (r"name one with key=", "name one with --key"),
     (r"say so with anomaly=\.\.\.", "say so with --anomaly-value VALUE"),
     (r"^anomaly: ", "--anomaly-value: "),

@@ -60,6 +60,14 @@ def test_a_guess_of_the_delimiter_can_be_corrected(tmp_path: Path, run: Callable
     assert "=" not in said
 
 
+def test_csv_by_another_name(tmp_path: Path, table: Path, run: Callable[..., Any]) -> None:
+    path = tmp_path / "t.data"
+    path.write_bytes(table.read_bytes())
+    said = run("fit", path, "-o", tmp_path / "m", *QUICK, code=1).stderr
+    assert "or idx; CSV by another name is read from standard input: - < FILE" in said
+    run("fit", "-", "--id", "serial", "-o", tmp_path / "m", *QUICK, stdin=path.read_bytes())
+
+
 def test_an_anomaly_value_is_a_number_where_the_labels_are(tmp_path: Path, run: Callable[..., Any]) -> None:
     X, _ = make_rows(30, 0)
     path = write_csv(tmp_path / "t.csv", X, ids=False)
