@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from rvae_fast import _detector_options as options
@@ -25,6 +24,7 @@ from rvae_fast._training_config import TrainingConfig, check_resume
 from rvae_fast._validation import (
     check_choice,
     check_finite,
+    check_random,
     check_table,
     check_unit_range,
     name_columns,
@@ -112,7 +112,7 @@ class BaseDetector(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Scored):  
         """All that comes before the training, and may be refused: the checked rows, and what they are given to."""
         options.check(self)
         # One draw from a RandomState or from NumPy's global one; the same int gives the same detector.
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        seed = int(check_random(self.random_state).randint(2**31 - 1))
         table = check_table(self, X, reset=True, min_rows=2)
         options.check_views(self, table.shape[1], self.scaler)
         options.check_enough_rows(self, table)

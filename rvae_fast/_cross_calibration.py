@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
-from sklearn.utils import check_random_state
 
 from rvae_fast._conformal import conformal_offset
+from rvae_fast._validation import check_random
 
 
 def check_folds(folds: Any, n_rows: int) -> int:
@@ -51,7 +51,7 @@ def held_out_scores(detector: Any, table: NDArray[Any], folds: int) -> NDArray[n
     """
     from sklearn.model_selection import KFold  # loads much that a fit does not need
 
-    seed = int(check_random_state(detector.random_state).randint(2**31 - 1))
+    seed = int(check_random(detector.random_state).randint(2**31 - 1))
     scores = np.empty(len(table))
     for learnt, held in KFold(folds, shuffle=True, random_state=seed).split(table):
         copy = _fresh(detector)

@@ -17,7 +17,7 @@ from rvae_fast._architecture import check_number
 from rvae_fast._paths import replaceable
 from rvae_fast._precision import resolve_device
 from rvae_fast._training_config import TrainingConfig, check_resume
-from rvae_fast._validation import check_choice, check_contamination
+from rvae_fast._validation import check_choice, check_contamination, check_random
 from rvae_fast._whitening import check_share
 from rvae_fast.pathway import PATHWAYS
 from rvae_fast.preprocessing import MISSING, SCALERS
@@ -62,8 +62,11 @@ def check(detector: Any) -> None:
     check_choice("scaler", detector.scaler, SCALERS)
     check_choice("missing", detector.missing, MISSING)
     check_score(detector)
+    check_random(detector.random_state)
     for name in ("nap_tolerance", "nap_ridge"):
         check_share(name, getattr(detector, name))
+    if detector.nap_tolerance >= 1:  # found when the score is learnt, too, but that is after the training
+        raise ValueError(f"nap_tolerance must be below 1 to keep a direction, got {detector.nap_tolerance!r}")
     if not isinstance(detector.verbose, (bool, int, np.integer)):
         raise TypeError(f"verbose must be an integer or a bool, got {detector.verbose!r}")
     if detector.likelihood == "bernoulli" and detector.scaler == "standard":

@@ -35,6 +35,19 @@ def unless_refused(estimator: Any) -> Iterator[None]:
         raise
 
 
+def check_random(value: Any) -> np.random.RandomState:
+    """Return the generator that ``random_state`` stands for, or raise an error that names it."""
+    from sklearn.utils import check_random_state
+
+    try:
+        return check_random_state(value)
+    except ValueError as error:
+        raise ValueError(
+            "random_state must be None, a whole number from 0 to 2**32 - 1 or a numpy.random.RandomState, "
+            f"got {value!r}"
+        ) from error
+
+
 def check_contamination(value: object) -> float:
     """Return ``contamination`` as a float in (0, 0.5], or raise an error that names it."""
     return check_share_of_rows("contamination", value, "the share of the training rows to be flagged")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.utils import check_random_state, get_tags
+from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
 from rvae_fast import _detector_options as options
@@ -23,7 +23,14 @@ from rvae_fast._base_detector import BaseDetector
 from rvae_fast._ensemble_members import check_members, said_once, unit
 from rvae_fast._paths import replaceable
 from rvae_fast._thresholded import Thresholded
-from rvae_fast._validation import check_contamination, check_finite, check_table, check_unit_range, unless_refused
+from rvae_fast._validation import (
+    check_contamination,
+    check_finite,
+    check_random,
+    check_table,
+    check_unit_range,
+    unless_refused,
+)
 from rvae_fast.detector import RVAEDetector
 from rvae_fast.preprocessing import chunks
 
@@ -240,7 +247,7 @@ class EnsembleDetector(Thresholded):  # type: ignore[misc]
         if not isinstance(base, BaseDetector):
             raise TypeError(f"estimator must be a detector of rvae_fast such as RVAEDetector(), got {base!r}")
         changes = check_members(self.members, base)
-        rng = check_random_state(self.random_state)
+        rng = check_random(self.random_state)
         members = []
         for i, change in enumerate(changes):
             member = clone(base)

@@ -34,6 +34,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
     "another width, with a NaN": ({}, lambda X: holed(X)[:, 1:]),
     "epochs": ({"epochs": -1}, lambda X: X),
     "widths": ({"widths": [0]}, lambda X: X),
+    "nap_tolerance": ({"nap_tolerance": 1.0}, lambda X: X),
     "checkpoint": ({"checkpoint": "/dev/null"}, lambda X: X),
     "resume": ({"resume": True}, lambda X: X),
 }
@@ -140,3 +141,15 @@ def test_a_score_that_there_is_not_set_after_fit(detector: Any, changes: dict[st
 def test_two_numbers_for_one_depth() -> None:
     with pytest.raises(ValueError, match=r"n_layers and widths both say.*n_layers=6 and widths=\[8, 4\]"):
         RVAEDetector(epochs=1, widths=[8, 4], n_layers=6).fit(X)
+
+
+@pytest.mark.parametrize("value", [-1, 2**32, "x", 0.5, np.random.default_rng(0)])
+def test_a_random_state_that_is_none_is_named(value: Any) -> None:
+    for refused in (
+        RVAEDetector(epochs=1, random_state=value),
+        EnsembleDetector(RVAEDetector(epochs=1), members=2, random_state=value),
+        EnsembleDetector(RVAEDetector(epochs=1), members=[{}, {"random_state": value}]),
+    ):
+        with pytest.raises(ValueError, match=r"^random_state must be None, a whole number from 0 to .*, got"):
+            refused.fit(X)
+        assert not hasattr(refused, "estimators_")

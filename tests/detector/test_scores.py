@@ -197,7 +197,13 @@ def test_parameters_that_a_score_does_not_depend_on_may_change(table: np.ndarray
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("pathway", "layers"), ("pathway_input", "yes"), ("nap_tolerance", -1), ("nap_ridge", float("nan"))],
+    [
+        ("pathway", "layers"),
+        ("pathway_input", "yes"),
+        ("nap_tolerance", -1),
+        ("nap_tolerance", 1),
+        ("nap_ridge", float("nan")),
+    ],
 )
 def test_bad_options_of_rapps_scores_are_named(option: str, value: Any, table: np.ndarray) -> None:
     with pytest.raises((TypeError, ValueError), match=option):
