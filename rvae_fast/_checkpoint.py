@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from rvae_fast._paths import replaceable
 
 FORMAT, VERSION = "rvae_fast.checkpoint", 1
-_KEY = "rvae_fast"
+_KEY, _CHECKSUM = "rvae_fast", "crc32"
 
 
 class CheckpointError(ValueError):
@@ -43,10 +44,10 @@ def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[
         # safetensors refuses tensors that share memory (tied weights): each is written for itself.
         flat[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
-    record = {"format": FORMAT, "version": VERSION, **header}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **header})
     try:
         try:
-            save_file(flat, partial, metadata={_KEY: json.dumps(record)})
+            save_file(flat, partial, metadata={_KEY: text, _CHECKSUM: _checksum(text, flat)})
         except SafetensorError as error:  # which is no OSError, whatever the file system has said
             raise OSError(f"checkpoint {os.fspath(path)!r} cannot be written: {error}") from error
         with open(partial, "rb+") as file:
@@ -61,6 +62,14 @@ def save(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _checksum(header: str, tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of the header and, by name, of every tensor's bytes: safetensors would accept a flipped bit."""
+    crc = zlib.crc32(header.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -80,7 +89,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         )
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_KEY])
+            metadata = file.metadata() or {}
+            header = json.loads(metadata[_KEY])
             if header["format"] != FORMAT:
                 raise KeyError("format")
             if header["version"] > VERSION:
@@ -93,6 +103,11 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         raise CheckpointError(
             f"{os.fspath(path)!r} is not a checkpoint of a training run, or is damaged: {type(error).__name__}: {error}"
         ) from error
+    # Checkpoints of earlier versions have none.
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(metadata[_KEY], tensors):
+        raise CheckpointError(
+            f"checkpoint {os.fspath(path)!r} is damaged: its content does not match the checksum it was written with"
+        )
     return tensors, header
 
 

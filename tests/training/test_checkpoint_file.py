@@ -24,6 +24,8 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(content[: len(content) // 2])
     elif how == "empty":
         path.write_bytes(b"")
+    elif how == "bit":
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     elif how == "noise":
         path.write_bytes(np.random.default_rng(0).bytes(2000))
     elif how == "foreign":
@@ -48,7 +50,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "empty", "noise", "foreign", "other", "pickle", "newer", "header", "tensors"]
+    "how", ["truncated", "empty", "bit", "noise", "foreign", "other", "pickle", "newer", "header", "tensors"]
 )
 def test_a_damaged_file_is_refused(model, table, same, tmp_path: Path, how: str) -> None:
     config = TrainingConfig(**BASE, checkpoint=str(tmp_path / "run"))
@@ -59,6 +61,16 @@ def test_a_damaged_file_is_refused(model, table, same, tmp_path: Path, how: str)
     with pytest.raises(CheckpointError, match="version 2; .* install a newer" if how == "newer" else "damaged"):
         train(other, table(40), config, resume=True)
     same(weights, other.state_dict())
+
+
+def test_a_checkpoint_without_a_checksum_is_of_an_earlier_version(model, table, same, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    unbroken, resumed = model(), model()
+    train(unbroken, table(40), TrainingConfig(**BASE, checkpoint=str(path)))
+    tensors, header = _checkpoint.load(path)
+    safetensors.torch.save_file(tensors, path, metadata={"rvae_fast": json.dumps(header)})
+    train(resumed, table(40), TrainingConfig(**BASE, checkpoint=str(path)), resume=True)
+    same(unbroken, resumed)
 
 
 def test_a_failed_write_leaves_the_old_file(model, table, tmp_path: Path, monkeypatch: Any) -> None:
