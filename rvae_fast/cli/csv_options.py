@@ -16,8 +16,8 @@ HeaderOption = Annotated[
     bool | None,
     typer.Option(
         "--header/--no-header",
-        help="CSV: whether the first line names the columns [default: unless all of it is numbers, true or false; but "
-        "0,1,2,... and 1,2,3,... are names].",
+        help="CSV: whether the first line names the columns [default: unless all of it is numbers, NA or ?, true or "
+        "false; but 0,1,2,... and 1,2,3,... are names].",
         show_default=False,
     ),
 ]

@@ -210,8 +210,11 @@ def _naming(first: Sequence[str], text: str, delimiter: str, options: CsvOptions
     counted = _counted(cells[:filled] if cells[0] else cells[1:filled])
     header = options.header
     if header is None:
-        # An empty first name is pandas' or R's index; an empty cell further on is a missing value among numbers.
-        numbers = all(is_number(cell, options.decimal) or not cell or is_boolean(cell) for cell in cells[:filled])
+        # An empty first name is pandas' or R's index; an empty cell further on is a missing value among numbers, as is
+        # NA or ? anywhere.
+        values = [is_number(cell, options.decimal) or is_boolean(cell) for cell in cells[:filled]]
+        others = [cell for cell, value in zip(cells, values, strict=False) if not value]
+        numbers = any(values) and all(cell in MISSING for cell in others)
         header = not cells[0] or counted or not numbers
     names = tuple(cell or f"unnamed{i}" for i, cell in enumerate(cells)) if header else numbered_names(len(cells))
     empty: tuple[str, ...] = ()

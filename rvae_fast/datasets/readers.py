@@ -62,8 +62,9 @@ def read_table(
         For .npz: the array that holds the rows.
     delimiter, decimal, header, encoding : optional
         For CSV. Default: delimiter found among comma, semicolon, tab and bar; decimal point; the first line holds
-        column names unless all of it is numbers, true or false (but 0, 1, 2, ... and 1, 2, 3, ... are names); UTF-8,
-        UTF-16 by its mark, else Latin-1. A column of true and false, as Python, R or JSON has them, is one of 1 and 0.
+        column names unless all of it is numbers, missing values, true or false (but 0, 1, 2, ... and 1, 2, 3, ... are
+        names); UTF-8, UTF-16 by its mark, else Latin-1. A column of true and false, as Python, R or JSON has them, is
+        one of 1 and 0.
 
     Returns
     -------

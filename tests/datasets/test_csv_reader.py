@@ -49,6 +49,9 @@ def test_csv_ids_labels_and_missing_values(tmp_path: Path) -> None:
         ("0,2,1\n3,4,5\n", {}, ("x0", "x1", "x2"), [[0, 2, 1], [3, 4, 5]]),
         ("0.0,1.0\n3,4\n", {}, ("x0", "x1"), [[0, 1], [3, 4]]),
         ("5,,7\n1,2,3\n", {}, ("x0", "x1", "x2"), [[5, np.nan, 7], [1, 2, 3]]),  # a missing value is no name
+        ("5,NA,7\n1,2,3\n", {}, ("x0", "x1", "x2"), [[5, np.nan, 7], [1, 2, 3]]),
+        ("?,true,7\n1,false,3\n", {}, ("x0", "x1", "x2"), [[np.nan, 1, 7], [1, 0, 3]]),
+        ("NA\n1\n2\n", {}, ("NA",), [[1], [2]]),  # nor is it a row without a number
         ("a,b,\n1,2,\n3,4, \n", {}, ("a", "b"), [[1, 2], [3, 4]]),  # a comma at the end of every line
         ("a,b,,\n1,2,,\n", {}, ("a", "b"), [[1, 2]]),
         ("1,2,\n3,4,\n", {}, ("x0", "x1"), [[1, 2], [3, 4]]),
