@@ -32,19 +32,23 @@ def attributions(detector: Any, table: NDArray[Any], scores: NDArray[np.float64]
     """
     n, d = table.shape
     found = np.empty((n, d))
-    block, column = max(1, BLOCK_BYTES // (8 * d * d)), np.arange(d)
+    block = max(1, BLOCK_BYTES // (8 * d * d))
+    width = max(1, min(d, BLOCK_BYTES // (8 * d * block)))  # all columns at once, unless one row's are too many
     with warnings.catch_warnings():
         # The rows are made here, of those whose names the caller has checked.
         warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
         for start in range(0, n, block):
             rows = table[start : start + block].astype(np.float64)
-            changed = np.repeat(rows[:, None, :], d, axis=1)
-            changed[:, column, column] = _expected(detector, rows)
-            after = detector.score_samples(changed.reshape(-1, d)).reshape(-1, d)
-            with np.errstate(invalid="ignore"):
-                falls = after - scores[start : start + block, None]
-            # Infinite before and after: the network overflows with the expected value there as well.
-            found[start : start + block] = np.where(np.isnan(falls), 0.0, falls)
+            expected, before = _expected(detector, rows), scores[start : start + block, None]
+            for first in range(0, d, width):
+                column = np.arange(first, min(first + width, d))
+                changed = np.repeat(rows[:, None, :], len(column), axis=1)
+                changed[:, column - first, column] = expected[:, column]
+                after = detector.score_samples(changed.reshape(-1, d)).reshape(-1, len(column))
+                with np.errstate(invalid="ignore"):
+                    falls = after - before
+                # Infinite before and after: the network overflows with the expected value there as well.
+                found[start : start + block, first : first + width] = np.where(np.isnan(falls), 0.0, falls)
     return found
 
 

@@ -27,6 +27,22 @@ def test_one_value_at_a_time(score: str, table: np.ndarray, monkeypatch: pytest.
         np.testing.assert_allclose(found[:, j], scores + detector.score_samples(changed), rtol=1e-6, atol=1e-6)
 
 
+def test_of_many_columns_some_are_changed_at_once(table: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = RVAEDetector(**SMALL).fit(table)
+    expected = detector.feature_attributions(table[:3])
+    at_once: list[int] = []
+    score_samples = RVAEDetector.score_samples
+
+    def counted(self: RVAEDetector, X: Any) -> Any:
+        at_once.append(len(X))
+        return score_samples(self, X)
+
+    monkeypatch.setattr(RVAEDetector, "score_samples", counted)
+    monkeypatch.setattr(_attributions, "BLOCK_BYTES", 8 * 6 * 4)  # four changed rows
+    np.testing.assert_array_equal(detector.feature_attributions(table[:3]), expected)
+    assert at_once == [3, *[4, 2] * 3]
+
+
 @pytest.mark.parametrize("score", ["reconstruction", "nap", "hyperplane"])
 def test_the_column_that_is_off_is_found(score: str) -> None:
     rng = np.random.default_rng(0)
