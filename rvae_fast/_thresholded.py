@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from rvae_fast._attributions import attributions
 from rvae_fast._conformal import conformal_offset
 from rvae_fast._cross_calibration import check_cross_calibration, held_out_scores
+from rvae_fast._detector_options import warn_of_few_rows
 from rvae_fast._validation import check_share_of_rows, check_table
 
 Self = TypeVar("Self", bound="Thresholded")
@@ -165,7 +166,8 @@ class Thresholded(OutlierMixin, BaseEstimator, ABC):  # type: ignore[misc]
         Notes
         -----
         Cross-conformal prediction (Vovk 2015). Unlike :meth:`calibrate` it promises nothing: the copies have fewer
-        rows to learn from, so that it rather flags too few. Anomalies among the rows count as normal ones.
+        rows to learn from, so that it rather flags too few. Anomalies among the rows count as normal ones. By ``"nap"``
+        it may flag far too many where there are fewer than one and a half rows to a direction, which a warning says.
 
         Examples
         --------
@@ -186,6 +188,9 @@ class Thresholded(OutlierMixin, BaseEstimator, ABC):  # type: ignore[misc]
             warnings.filterwarnings("ignore", message="X does not have valid feature names", category=UserWarning)
             self.score_samples(table[:1])  # and whether it can score as it is
         self._place(conformal_offset(held_out_scores(self, table, folds), share))
+        for one in getattr(self, "estimators_", [self]):
+            if one.anomaly_score == "nap":
+                warn_of_few_rows(one.nap_.rank, len(table), copies=True)
         return self
 
     @property

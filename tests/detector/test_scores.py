@@ -100,9 +100,17 @@ def test_scores_from_inside_the_network_find_rows_that_leave_the_curve(
 
 def test_nap_warns_of_too_few_rows(table: np.ndarray) -> None:
     """Its threshold would flag nearly all new rows: the training rows are all at the same distance."""
-    with pytest.warns(UserWarning, match=r"found \d+ directions in 60 rows: .* another pathway") as caught:
-        AEDetector(epochs=3, random_state=0, anomaly_score="nap").fit(table[:60])
+    with pytest.warns(
+        UserWarning, match=r"found \d+ directions in 60 rows: .* another pathway.* by calibrate"
+    ) as caught:
+        detector = AEDetector(epochs=3, random_state=0, anomaly_score="nap").fit(table[:60])
     assert caught[0].filename == __file__
+    # Copies of fewer rows see fewer directions: by their scores it is no better.
+    with pytest.warns(
+        UserWarning, match=r"directions in 60 rows: a copy that has seen fewer .* by calibrate"
+    ) as caught:
+        detector.cross_calibrate(table[:60], folds=3)
+    assert [one.filename for one in caught] == [__file__]
 
 
 @pytest.mark.parametrize("detector_class", [RVAEDetector, AEDetector])
