@@ -32,8 +32,8 @@ def csv_options(delimiter: str | None, decimal: str, header: bool | None, encodi
     if decimal not in (".", ","):
         usage_error(f"must be . or , and not {decimal!r}", "--decimal")
     delimiter = "\t" if delimiter == "\\t" else delimiter  # what a shell makes of a tab in quotes
-    if delimiter is not None and (len(delimiter) != 1 or delimiter in '\r\n"'):
-        usage_error(f"must be one character, got {delimiter!r}", "--delimiter")
+    if delimiter is not None and not (len(delimiter) == 1 and delimiter.isascii() and delimiter not in '\r\n"'):
+        usage_error(f"must be one character of ASCII, got {delimiter!r}", "--delimiter")
     if delimiter == decimal:
         usage_error(f"{delimiter!r} is the decimal mark too", "--delimiter")
     if encoding is not None:

@@ -41,6 +41,20 @@ class CsvOptions:
     header: bool | None = None
     encoding: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.decimal not in (".", ","):
+            raise ValueError(f"decimal: expected '.' or ',', got {self.decimal!r}")
+        if self.delimiter is not None and not is_delimiter(self.delimiter):
+            raise ValueError(
+                f"delimiter: expected one ASCII character, neither a quote nor a line's end, got {self.delimiter!r}"
+            )
+        if self.delimiter == self.decimal:
+            raise ValueError(f"delimiter: {self.delimiter!r} is the decimal mark too")
+        if self.header is not None and not isinstance(self.header, bool):  # pandas' header=0 means another thing
+            raise TypeError(f"header: expected True, False or None, got {self.header!r}")
+        if self.encoding is not None and not isinstance(self.encoding, str):
+            raise TypeError(f"encoding: expected the name of one or None, got {self.encoding!r}")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -55,6 +69,11 @@ class Layout:
     wide: bool  # UTF-16 and the like, which Arrow must transcode
     block_bytes: int  # read at once; a row must fit
     booleans: frozenset[str]  # columns of true and false
+
+
+def is_delimiter(text: Any) -> bool:
+    """Return whether a text can be a delimiter."""
+    return isinstance(text, str) and len(text) == 1 and text.isascii() and text not in '\r\n"'
 
 
 def pyarrow_csv() -> Any:

@@ -149,9 +149,10 @@ def test_a_csv_file_says_how_it_is_written(tmp_path: Path, run: Run) -> None:
         (("--decimal", "x"), "must be . or , and not 'x'"),
         (("--delimiter", ",", "--decimal", ","), "is the decimal mark too"),
         (("--delimiter", "--"), "must be one character"),
+        (("--delimiter", "é"), "must be one character of ASCII"),
         (("--encoding", "utf-9"), "no encoding 'utf-9' is known"),
     ],
-    ids=["decimal", "both", "delimiter", "encoding"],
+    ids=["decimal", "both", "delimiter", "ascii", "encoding"],
 )
 def test_what_a_csv_file_cannot_be(options: tuple[str, ...], message: str, model: Path, table: Path, run: Run) -> None:
     assert message in " ".join(run("score", model, table, *options, code=2).stderr.split())

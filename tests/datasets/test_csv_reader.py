@@ -100,6 +100,22 @@ def test_csv_that_mixes_encodings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("delimiter", value) for value in ("", "ab", "\n", '"', "é", 9, ".")],
+        *[("decimal", value) for value in ("", ";", ",,", None)],
+        *[("header", value) for value in (0, "no", "infer")],
+        ("encoding", 8),
+    ],
+)
+def test_what_a_file_cannot_be_is_named(name: str, value: object, tmp_path: Path) -> None:
+    path = write(tmp_path, "a,b\n1,2\n")
+    for read in (read_table, lambda path, **given: list(iter_table(path, **given))):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+            read(path, **{name: value})
+
+
+@pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
         ("a,b\n1,2\n3\n", {}, "line 3 has 1 values, expected 2"),
