@@ -37,15 +37,6 @@ def check_output(path: Path) -> str:
     return kind
 
 
-def _in_words(ids: NDArray[Any]) -> NDArray[Any]:
-    """Write ids that are times as such, where a list would have the nanoseconds since 1970, and missing ones as ''."""
-    if ids.dtype.kind in "mM":
-        return np.where(np.isnat(ids), "", ids.astype(str))
-    if ids.dtype == object:
-        return np.array(["" if one is None else one for one in ids], dtype=object)
-    return ids
-
-
 class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
     """Write ``id``, ``score``, ``anomaly`` (0 or 1) for each row, in the order in which they come.
 
@@ -109,7 +100,9 @@ class ScoreSink(contextlib.AbstractContextManager["ScoreSink"]):
         if because is not None:
             columns.append(np.array(because, dtype=object))
         if self._kind != "parquet":
-            columns[0] = _in_words(ids)
+            from rvae_fast.datasets.writers import in_words
+
+            columns[0] = in_words(ids)
         if self._csv is not None:
             # tolist gives Python floats, whose text is the shortest that reads back as the same value.
             self._csv.writerows(zip(*(column.tolist() for column in columns), strict=True))

@@ -84,8 +84,18 @@ def write_scores(
     return path
 
 
+def in_words(values: np.ndarray) -> np.ndarray:
+    """Return times as texts, where a list would have the nanoseconds since 1970, and what is missing as ''."""
+    if values.dtype.kind in "mM":
+        return np.where(np.isnat(values), "", values.astype(str))
+    if values.dtype == object:
+        return np.array(["" if one is None else one for one in values], dtype=object)
+    return values
+
+
 def _storable(values: np.ndarray) -> np.ndarray:
     """Texts in an object array become an array of texts: an .npz must not hold pickles."""
+    values = in_words(values)
     return values.astype(str) if values.dtype == object else values
 
 
@@ -98,7 +108,7 @@ def _write_csv(temporary: Path, path: Path, columns: Mapping[str, np.ndarray]) -
         writer = csv.writer(text, delimiter="\t" if ".tsv" in suffixes else ",", lineterminator="\n")
         writer.writerow(columns)
         # tolist gives Python floats, whose text is the shortest that reads back as the same value
-        writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
+        writer.writerows(zip(*(in_words(values).tolist() for values in columns.values()), strict=True))
 
 
 def _write_parquet(temporary: Path, columns: Mapping[str, np.ndarray]) -> None:
@@ -107,4 +117,5 @@ def _write_parquet(temporary: Path, columns: Mapping[str, np.ndarray]) -> None:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ImportError("writing Parquet files needs pyarrow: pip install 'rvae-fast[data]'") from error
-    parquet.write_table(pa.table({name: pa.array(values.tolist()) for name, values in columns.items()}), temporary)
+    lists = {name: values if values.dtype.kind in "mM" else values.tolist() for name, values in columns.items()}
+    parquet.write_table(pa.table({name: pa.array(values) for name, values in lists.items()}), temporary)

@@ -91,6 +91,25 @@ def test_object_ids_need_no_pickle(tmp_path: Path) -> None:
         assert stored["id"].tolist() == ["a", "2"]
 
 
+@pytest.mark.parametrize("kind", ["csv", "npz", "parquet"])
+def test_times_are_times_and_what_is_missing_is_empty(kind: str, tmp_path: Path) -> None:
+    times, names = np.array(["2026-11-28T06", "NaT"], dtype="M8[ns]"), np.array(["a", None], dtype=object)
+    path = write_scores(tmp_path / f"s.{kind}", times, [1.0, 2.0], extra={"name": names})
+    if kind == "parquet":
+        found = pytest.importorskip("pyarrow.parquet").read_table(path).to_pydict()
+        assert [None if one is None else one.isoformat() for one in found["id"]] == ["2026-11-28T06:00:00", None]
+        assert found["name"] == ["a", None]
+        return
+    if kind == "csv":
+        rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+        ids, found_names = [row[0] for row in rows], [row[2] for row in rows]
+    else:
+        with np.load(path, allow_pickle=False) as stored:
+            ids, found_names = stored["id"].tolist(), stored["name"].tolist()
+    assert ids == ["2026-11-28T06:00:00.000000000", ""]
+    assert found_names == ["a", ""]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_scores(tmp_path / "s.csv", [1], [2.0])
     before = path.read_text()
