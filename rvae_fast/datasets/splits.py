@@ -208,7 +208,7 @@ def _check_rows(X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
     shares = tuple(float(share) for share in fractions)
-    if len(shares) != 3 or any(share < 0 for share in shares) or abs(sum(shares) - 1.0) > 1e-6:
+    if len(shares) != 3 or any(not share >= 0 for share in shares) or abs(sum(shares) - 1.0) > 1e-6:
         raise ValueError(
             f"fractions: expected three shares that sum to 1 (train, validation, test), got {tuple(fractions)!r}"
         )
@@ -218,7 +218,10 @@ def _check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
 def _generator(seed: int | np.random.Generator) -> np.random.Generator:
     if seed is None:
         raise ValueError("seed: expected an integer or a numpy Generator; without one the split could not be repeated")
-    return np.random.default_rng(seed)
+    try:
+        return np.random.default_rng(seed)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"seed: expected an integer of at least 0 or a numpy Generator, got {seed!r}") from error
 
 
 def _cut(rows: np.ndarray, shares: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -126,6 +126,8 @@ def test_anomaly_split_mixes_the_anomalies_in() -> None:
         ({"novel_class": 0, "fractions": (0.5, 0.2)}, "three shares"),
         ({"novel_class": 0, "fractions": (0.5, 0.2, 0.2)}, "sum to 1"),
         ({"novel_class": 0, "fractions": (-0.2, 0.6, 0.6)}, "three shares"),
+        ({"novel_class": 0, "fractions": (float("nan"), 0.5, 0.5)}, "fractions: expected three shares"),
+        ({"novel_class": 0, "seed": -1}, "^seed: expected an integer of at least 0"),
         ({"novel_class": 0, "fractions": (0.0, 0.5, 0.5)}, "leave the train or the test set without"),
         ({"novel_class": 0, "novel_share": 1.5}, r"novel_share: expected a share in \(0, 1\)"),
         ({"novel_class": 0, "novel_share": 0.95}, "takes 38 novel rows, there are 10"),
