@@ -57,9 +57,13 @@ def fit(
     ] = False,
     id_column: IdOption = None,
     columns: Annotated[
-        str | None, typer.Option("--columns", help="The features, comma-separated [default: all but label and id].")
+        str | None,
+        typer.Option(
+            "--columns",
+            help="The features, comma-separated, a name with a comma in double quotes [default: all but label and id].",
+        ),
     ] = None,
-    drop: Annotated[str | None, typer.Option("--drop", help="Columns to leave out, comma-separated.")] = None,
+    drop: Annotated[str | None, typer.Option("--drop", help="Columns to leave out, as --columns.")] = None,
     missing: Annotated[
         Missing | None, typer.Option("--missing", help="A missing value is an error, or filled [default: error].")
     ] = None,
@@ -165,6 +169,9 @@ def fit(
     base, several = presets.ENSEMBLES.get(preset_name, (preset_name, members))
     if members is not None and several is not members:
         usage_error(f"--preset {preset_name} has its own", "--members")
+    chosen, dropped = split_names(columns), split_names(drop)
+    if columns is not None and not chosen:
+        usage_error(f"{columns!r} names none", "--columns")
     checkpoints = checkpoint_files(checkpoint, several)
     if not resume:
         outputs += checkpoints
@@ -188,8 +195,8 @@ def fit(
             stack,
             label=label,
             id_column=id_column,
-            columns=split_names(columns),
-            drop=split_names(drop),
+            columns=chosen,
+            drop=dropped,
             key=key,
             csv=csv_options(delimiter, decimal, header, encoding),
             novel=novel,

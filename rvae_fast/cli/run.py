@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import time
 import warnings
 from dataclasses import dataclass
@@ -189,5 +190,11 @@ def report_arguments(scored: Scored) -> dict[str, Any]:
 
 
 def split_names(text: str | None) -> Sequence[str]:
-    """Read a comma-separated list of column names."""
-    return () if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    """Read a comma-separated list of names; one that has a comma in it stands in double quotes, as in a CSV file."""
+    cells: list[str] = []
+    if text is not None:
+        try:
+            cells = next(csv.reader([text], skipinitialspace=True), [])
+        except csv.Error:  # a line's end in a name
+            cells = text.split(",")
+    return [name.strip() for name in cells if name.strip()]

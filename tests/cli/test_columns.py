@@ -120,6 +120,17 @@ def test_a_header_that_counts_the_columns(tmp_path: Path, run: Run) -> None:
         assert run("score", tmp_path / "n", path, "-q").stdout == by_name
 
 
+def test_a_name_with_a_comma_stands_in_quotes(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('"mass, kg",b,"of, what"\n1,2,x\n3,4,y\n5,7,z\n')
+    out = tmp_path / "m"
+    run("fit", path, "--drop", '"of, what"', "-o", out, *QUICK)
+    assert load(out).feature_names_in_.tolist() == ["mass, kg", "b"]
+    run("fit", path, "--columns", 'b, "mass, kg"', "-o", out, "--force", *QUICK)
+    assert load(out).feature_names_in_.tolist() == ["b", "mass, kg"]
+    run("score", out, path)
+
+
 def test_a_comma_at_the_end_of_every_line(tmp_path: Path, run: Run) -> None:
     path, out = tmp_path / "t.csv", tmp_path / "m"
     table("s").to_csv(path, index=False)

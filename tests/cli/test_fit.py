@@ -270,6 +270,7 @@ def test_checkpoint_and_resume(table: Path, tmp_path: Path, run: Callable[..., A
         (("--image-shape", "8by8"), 2, "not of the form"),
         (("--novel", "0"), 2, "only built-in data sets"),
         (("--seed", str(2**32)), 2, "--seed"),
+        (("--columns", " , "), 2, "--columns: ' , ' names none"),
         (("--epochs", "-3"), 1, "epochs"),
         (("--order", "middle"), 1, "order"),
         (("--contamination", "0.9"), 1, "contamination"),
