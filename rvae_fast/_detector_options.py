@@ -133,7 +133,7 @@ def check_views(detector: Any, n_features: int, scaler: str | None) -> ImageView
 #: Rows that a score compares with each other, at least, and whether equal ones count as one.
 _FEWEST_ROWS = {"local": (3, "rows"), "hyperplane": (4, "distinct rows")}
 
-#: Where that few are distinct among many rows is not looked for.
+#: Rows that are looked at together for distinct ones; nearly always the first of them are enough.
 _FEW = 1000
 
 
@@ -147,13 +147,30 @@ def check_enough_rows(detector: Any, table: NDArray[Any]) -> None:
     """
     fewest, what = _FEWEST_ROWS.get(detector.anomaly_score, (0, ""))
     n_rows = len(table)
-    if fewest and what == "distinct rows" and n_rows <= _FEW:
-        n_rows = len(np.unique(table, axis=0))
+    if fewest and what == "distinct rows":
+        n_rows = _distinct_rows(table, fewest)
     if n_rows < fewest:
         raise ValueError(
             f"anomaly_score={detector.anomaly_score!r} compares rows with each other: X must have at least {fewest} "
             f"{what}, got {n_rows}"
         )
+
+
+def _distinct_rows(table: NDArray[Any], enough: int) -> int:
+    """How many rows differ, counted no further than to ``enough``; NaN, which will be filled, is like NaN."""
+    found: list[NDArray[Any]] = []
+    for start in range(0, len(table), _FEW):
+        rows = np.asarray(table[start : start + _FEW])
+        if rows.dtype.kind == "f":
+            rows = np.where(np.isnan(rows), np.inf, rows)
+        for one in found:
+            rows = rows[(rows != one).any(axis=1)]
+        while len(rows) and len(found) < enough:
+            found.append(rows[0])
+            rows = rows[(rows != rows[0]).any(axis=1)]
+        if len(found) == enough:
+            break
+    return len(found)
 
 
 def scored_by(detector: Any) -> dict[str, Any]:

@@ -30,6 +30,8 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
     "a row": ({}, lambda X: X[:1]),
     "rows too few to compare": ({}, lambda X: X[:3]),
     "rows too few that differ": ({}, lambda X: np.repeat(X[:3], 20, axis=0)),
+    "rows too few that differ, of many": ({}, lambda X: np.repeat(X[:3], 2000, axis=0)),
+    "rows too few that differ once filled": ({"missing": "mean"}, lambda X: np.repeat(holed(X)[1:4], 20, axis=0)),
     "text": ({}, lambda X: X.astype(str)),
     "another width, with a NaN": ({}, lambda X: holed(X)[:, 1:]),
     "epochs": ({"epochs": -1}, lambda X: X),
