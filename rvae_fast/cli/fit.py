@@ -180,6 +180,7 @@ def fit(
         usage_error("needs --label, the column of these values", "--anomaly-value")
 
     from rvae_fast import detector as detectors
+    from rvae_fast.training import NonFiniteError
 
     detector_class = getattr(detectors, f"{model.value.upper()}Detector")
     known = inspect.signature(detector_class.__init__).parameters
@@ -242,9 +243,9 @@ def fit(
         try:
             with told_of_file(source.name, "--missing mean or --missing median fills NaN"):
                 detector.fit(frame(X, names))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, NonFiniteError) as error:
             if checkpoint is None:
-                keep_what_there_is(detector, frame(X, names), names, out)
+                keep_what_there_is(detector, frame(X, names), names, out, error)
             raise
         seconds = time.perf_counter() - started
         if folds is not None:
@@ -252,7 +253,7 @@ def fit(
                 note(f"placing the threshold by {folds} trainings on parts of the rows")
             try:
                 detector.cross_calibrate(frame(X, names), folds=folds)
-            except KeyboardInterrupt:
+            except BaseException:  # a copy may have too few rows, or diverge
                 keep_trained(detector, names, out)
                 raise
         fitted = getattr(detector, "estimators_", [detector])

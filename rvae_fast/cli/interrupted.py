@@ -1,4 +1,6 @@
-"""What is kept of a training that Ctrl-C ended and that has no checkpoint, or whose model has no room on the disk."""
+"""What is kept of a training without a checkpoint that Ctrl-C or a number not finite ended, and of a model without room
+on the disk.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def name_columns(detectors: Sequence[Any], names: Sequence[str] | None) -> None:
             one.feature_names_in_ = np.asarray(names, dtype=object)
 
 
-def keep_what_there_is(detector: Any, X: Any, names: Sequence[str] | None, out: Path) -> None:
+def keep_what_there_is(detector: Any, X: Any, names: Sequence[str] | None, out: Path, error: BaseException) -> None:
     """Save a detector beside ``out`` whose training was interrupted, if that came to the end of an epoch.
 
     Parameters
@@ -33,6 +35,8 @@ def keep_what_there_is(detector: Any, X: Any, names: Sequence[str] | None, out: 
         Of the columns.
     out : Path
         Where the whole one would have gone: the name becomes ``NAME.interrupted.SUFFIX``, numbered where that is taken.
+    error : BaseException
+        What ended it: a KeyboardInterrupt, or a NonFiniteError, before which the last good weights were put back.
     """
     if hasattr(detector, "estimators_"):
         note("of several members nothing is kept without --checkpoint")
@@ -40,8 +44,16 @@ def keep_what_there_is(detector: Any, X: Any, names: Sequence[str] | None, out: 
     done = len(detector.history_.epochs) if hasattr(detector, "history_") else 0
     if not done:
         return
-    note(f"interrupted in epoch {done + 1}; saving what there is (Ctrl-C again: without)")
-    detector.fit_score(X)
+    by_hand = isinstance(error, KeyboardInterrupt)
+    what = "interrupted" if by_hand else "a number that is not finite"
+    note(f"{what} in epoch {done + 1}; saving what there is (Ctrl-C again: without)")
+    try:
+        detector.fit_score(X)
+    except ValueError as why:
+        if by_hand:
+            raise
+        note(f"nothing is saved: {why}")  # and what ended the training is told after this
+        return
     path = _save_beside(detector, names, out)
     note(f"wrote {path}; with --checkpoint a training can be resumed")
 

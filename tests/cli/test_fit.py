@@ -17,6 +17,7 @@ from rvae_fast import serialization
 from rvae_fast._stepper import Stepper
 from rvae_fast.presets import ENSEMBLES, PRESETS, preset
 from rvae_fast.serialization import load
+from rvae_fast.training import NonFiniteError
 from tests.cli.conftest import COLUMNS, make_rows, write_csv
 
 QUICK = ("--epochs", 1, "--widths", "8", "--blocks", "1", "--latent", 2)
@@ -353,6 +354,24 @@ def test_ctrl_c_keeps_what_there_is(
     assert kept.read_bytes() == first
     result = run("fit", table, *quick, "--checkpoint", tmp_path / "c", code=130)
     assert "wrote" not in result.stderr, "it can be resumed"
+
+
+def test_a_number_that_is_not_finite_keeps_what_there_is(
+    table: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(self: Stepper) -> None:
+        read(self)
+        if len(self.history.steps) == 3:
+            raise NonFiniteError("the loss is inf", epoch=3, step=3, tensor="loss")
+
+    read, out = Stepper.read, tmp_path / "m.safetensors"
+    monkeypatch.setattr(Stepper, "read", diverged)
+    quick = ("--label", "faulty", "--id", "serial", "--epochs", 9, "--widths", 8, "--blocks", 1, "-o", out)
+    result = run("fit", table, *quick, code=1)
+    kept = tmp_path / "m.interrupted.safetensors"
+    assert f"wrote {kept}; with --checkpoint" in result.stderr
+    assert result.stderr.rstrip().endswith("error: the loss is inf")
+    run("score", kept, table, "--id", "serial", "-o", tmp_path / "scores.csv")
 
 
 def test_a_model_without_room_goes_elsewhere(

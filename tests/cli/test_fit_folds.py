@@ -46,3 +46,14 @@ def test_folds_are_checked_first_and_an_interrupt_keeps_the_model(
     kept = tmp_path / "m.interrupted.safetensors"
     assert f"wrote {kept}, its threshold by the training rows" in result.stderr
     run("score", kept, table, "--id", "serial", "-o", tmp_path / "scores.csv")
+
+
+def test_a_copy_that_fails_costs_no_model(tmp_path: Path, run: Callable[..., Any]) -> None:
+    path, out = tmp_path / "few.csv", tmp_path / "m.safetensors"
+    path.write_text("a,b\n" + "".join(f"{i},{i % 3}\n" for i in range(7)))
+    options = ("--score-by", "hyperplane", "--folds", 2, "--contamination", 0.2, "--epochs", 2)
+    result = run("fit", path, "-o", out, *options, code=1)
+    kept = tmp_path / "m.interrupted.safetensors"
+    assert f"wrote {kept}, its threshold by the training rows" in result.stderr
+    assert "X must have at least 4 distinct rows, got 3" in result.stderr
+    run("score", kept, path)
