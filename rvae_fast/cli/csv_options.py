@@ -29,10 +29,12 @@ EncodingOption = Annotated[
 
 def csv_options(delimiter: str | None, decimal: str, header: bool | None, encoding: str | None) -> dict[str, Any]:
     """Check the options and name them as the readers do."""
+    from rvae_fast.datasets.csv_layout import is_delimiter
+
     if decimal not in (".", ","):
         usage_error(f"must be . or , and not {decimal!r}", "--decimal")
     delimiter = "\t" if delimiter == "\\t" else delimiter  # what a shell makes of a tab in quotes
-    if delimiter is not None and not (len(delimiter) == 1 and delimiter.isascii() and delimiter not in '\r\n"'):
+    if delimiter is not None and not is_delimiter(delimiter):
         usage_error(f"must be one character of ASCII, got {delimiter!r}", "--delimiter")
     if delimiter == decimal:
         usage_error(f"{delimiter!r} is the decimal mark too", "--delimiter")

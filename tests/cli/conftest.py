@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 pytest.importorskip("pyarrow", reason="the data extra is not installed: no CSV")
 
 from rvae_fast.cli import app
+from rvae_fast.serialization import load
 
 COLUMNS = ("temp", "flow", "pressure", "load")
 
@@ -70,3 +72,19 @@ def model(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = CliRunner().invoke(app, [*arguments, "--batch-size", "32", "--learning-rate", "0.003", "--latent", "2"])
     assert result.exit_code == 0, result.stderr
     return path
+
+
+def parse(text: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Ids, scores and flags of a CSV file of scores."""
+    rows = list(csv.reader(io.StringIO(text)))
+    assert rows[0] == ["id", "score", "anomaly"]
+    ids, scores, flags = zip(*rows[1:], strict=True)
+    return list(ids), np.array(scores, dtype=float), np.array(flags, dtype=int)
+
+
+@pytest.fixture(scope="session")
+def expected(model: Path) -> np.ndarray:
+    """Scores of the table's rows by the library."""
+    pandas = pytest.importorskip("pandas")
+    X, _ = make_rows()
+    return -load(model).score_samples(pandas.DataFrame(X, columns=list(COLUMNS)))

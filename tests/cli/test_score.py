@@ -1,10 +1,8 @@
-"""``rvae-fast score`` and ``evaluate``: scores beside their ids, in any format and chunk size, and exit statuses."""
+"""``rvae-fast score``: scores beside their ids, in any format and chunk size, and exit statuses."""
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -15,26 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rvae_fast.report import evaluate_scores
 from rvae_fast.serialization import load
-from tests.cli.conftest import COLUMNS, make_rows, write_csv
+from tests.cli.conftest import COLUMNS, make_rows, parse, write_csv
 
 Run = Callable[..., Any]
-
-
-def parse(text: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    rows = list(csv.reader(io.StringIO(text)))
-    assert rows[0] == ["id", "score", "anomaly"]
-    ids, scores, flags = zip(*rows[1:], strict=True)
-    return list(ids), np.array(scores, dtype=float), np.array(flags, dtype=int)
-
-
-@pytest.fixture(scope="session")
-def expected(model: Path) -> np.ndarray:
-    """Scores of the table's rows by the library."""
-    pandas = pytest.importorskip("pandas")
-    X, _ = make_rows()
-    return -load(model).score_samples(pandas.DataFrame(X, columns=list(COLUMNS)))
 
 
 def test_scores_go_to_standard_output_with_their_ids(model: Path, table: Path, expected: np.ndarray, run: Run) -> None:
@@ -291,44 +273,6 @@ def test_a_bare_network_is_no_detector(tmp_path: Path, table: Path, run: Run) ->
 
     save(AE(4, 2, n_layers=2), tmp_path / "net.safetensors")
     assert "bare network (AE)" in run("score", tmp_path / "net.safetensors", table, code=1).stderr
-
-
-def test_evaluate_prints_exact_figures(
-    model: Path, table: Path, expected: np.ndarray, tmp_path: Path, run: Run
-) -> None:
-    _, labels = make_rows()
-    reference = evaluate_scores(expected, labels, load(model).threshold_)
-    arguments = ("evaluate", model, table, "--label", "faulty", "--id", "serial", "--chunk-rows", 33)
-    found = json.loads(run(*arguments, "--json").stdout)
-    assert {name: found[name] for name in reference.to_dict()} == reference.to_dict()
-    assert found["auroc"] > 0.9
-    shown = run(*arguments, "--out", tmp_path / "s.csv").stdout
-    assert f"{reference.auroc:.4f}" in shown
-    assert f"{reference.false_negatives:,} missed" in shown
-    assert parse((tmp_path / "s.csv").read_text())[1].tolist() == expected.tolist()
-
-
-def test_evaluate_report(model: Path, table: Path, tmp_path: Path, run: Run) -> None:
-    pytest.importorskip("jinja2")
-    run("evaluate", model, table, "--label", "faulty", "--id", "serial", "--report", tmp_path / "r", "--json")
-    page = (tmp_path / "r" / "index.html").read_text()
-    for expected in ("ROC curve", "Precision and recall", "Gradient norm", "pressure"):
-        assert expected in page
-    run("evaluate", model, table, "--label", "faulty", "--report", tmp_path / "r", code=2)
-
-
-def test_evaluate_labels(model: Path, tmp_path: Path, run: Run) -> None:
-    X, _ = make_rows(30)
-    one_class = write_csv(tmp_path / "one.csv", X, np.zeros(30))
-    result = run("evaluate", model, one_class, "--label", "faulty", "--json")
-    assert json.loads(result.stdout)["auroc"] is None
-    assert "both classes" in result.stderr
-    assert "undefined" in run("evaluate", model, one_class, "--label", "faulty").stdout
-    strange = write_csv(tmp_path / "strange.csv", X, np.arange(30) % 3)
-    assert "--anomaly-value" in run("evaluate", model, strange, "--label", "faulty", code=1).stderr
-    result = run("evaluate", model, strange, "--label", "faulty", "--anomaly-value", 2, "--anomaly-value", 1, "--json")
-    assert json.loads(result.stdout)["anomalies"] == 20
-    assert "--label" in run("evaluate", model, one_class, code=2).stderr
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "npz"])
