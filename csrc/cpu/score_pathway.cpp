@@ -82,10 +82,10 @@ std::vector<at::Tensor> score_pathway(const at::Tensor& x, const at::Tensor& pro
                    written = at::empty({want_differences ? count : 0, width}, rows.options()),
                    values = at::empty({value_width > 0 ? count : 0, value_width}, rows.options());
   if (count > 0) {
-    const Partition part(count, kTileRows, n.row_work());
+    const Partition part(count, n.tile_rows(), n.row_work());
     for_chunks(part, [&](int64_t chunk) {
       const int64_t most = part.most_rows();
-      Tile tile(n, round_up(most, 4));
+      Tile tile(n, most);
       std::vector<float> x_hat(most * n.in_features), seen(most * columns), seen_hat(most * columns);
       const Taps first{by_step.data(), seen.data(), columns}, second{by_step.data(), seen_hat.data(), columns};
       for (int64_t t = part.first_tile(chunk); t < part.first_tile(chunk + 1); ++t) {

@@ -63,7 +63,7 @@ void score_product(Kind kind, int64_t rows, int64_t reduced, const void* operand
                               reinterpret_cast<const float*>(panel) + first * kPanel, strip, /*add=*/first > 0);
     });
   }
-  multiply(kind, rows <= 4 ? rows : padded_rows(rows), reduced, operand, ld, panel, kPanel, strip, kPanel, /*add=*/false);
+  multiply(kind, rows <= 4 ? rows : product_rows(rows, kind), reduced, operand, ld, panel, kPanel, strip, kPanel, /*add=*/false);
 }
 
 Network make_network(const at::Tensor& program, const at::Tensor& weights, const at::Tensor& vectors, int64_t latent,

@@ -38,6 +38,14 @@ struct Network {
     for (int64_t s = 1; s < steps; ++s) sum += field(s, kIn) * field(s, kOut);
     return sum;
   }
+  // Values between the rows of a tile's matrices: off the powers of two.
+  int64_t stride() const {
+    int64_t widest = 0;
+    for (int64_t s = 0; s < steps; ++s) widest = std::max(widest, field(s, kOut));
+    return round_up(widest, kPanel) + 32;
+  }
+  // Two operands and the stream of a tile.
+  int64_t tile_rows() const { return stack::tile_rows(kind, 8 * stride(), 256); }
   const float* vector(int64_t step, Field f) const { return field(step, f) < 0 ? nullptr : vectors + field(step, f); }
 };
 
@@ -46,7 +54,7 @@ Network make_network(const at::Tensor& program, const at::Tensor& weights, const
                      bool variational, double low, double high, std::string_view likelihood, int64_t activation, double slope,
                      bool bf16);
 
-// strip[rows, 32] = operand[rows, reduced] * panel[reduced, 32]; there is room for four rows more than there are. What it
+// strip[rows, 32] = operand[rows, reduced] * panel[reduced, 32]; there is room for whole blocks of kRowBlock rows. What it
 // computes for a row does not depend on the others.
 void score_product(Kind kind, int64_t rows, int64_t reduced, const void* operand, int64_t ld, const uint32_t* panel, float* strip);
 
@@ -83,10 +91,9 @@ struct Taps {
 // What one thread needs for a tile.
 class Tile {
  public:
-  Tile(const Network& network, int64_t rows) : n_(network) {
-    int64_t widest = 0;
-    for (int64_t s = 0; s < n_.steps; ++s) widest = std::max(widest, n_.field(s, kOut));
-    stride_ = round_up(widest, kPanel) + 32;  // off the powers of two
+  Tile(const Network& network, int64_t most_rows) : n_(network) {
+    const int64_t rows = round_up(most_rows, kRowBlock);
+    stride_ = n_.stride();
     for (auto& offset : operands_) offset = scratch_.add(rows * stride_ * size_of(n_.kind));
     stream_ = scratch_.add(rows * stride_ * 4);
     strip_ = scratch_.add(rows * kPanel * 4);
@@ -99,7 +106,7 @@ class Tile {
   // The products alone, of whatever is in the operands: what a benchmark holds the rest against.
   void run_products(int64_t rows) {
     for (int64_t s = 1; s < n_.steps; ++s) {
-      const int64_t in = n_.field(s, kIn), reduced = n_.kind == Kind::f32 ? in : round_up(in, 2);
+      const int64_t in = n_.field(s, kIn), reduced = product_terms(in, n_.kind);
       for (int64_t panel = 0; panel * kPanel < n_.field(s, kOut); ++panel) {
         score_product(n_.kind, rows, reduced, scratch_.get<char>(operands_[(s + 1) % 2]), stride_,
                 n_.weights + n_.field(s, kWeight) + panel * panel_words(in, n_.kind), scratch_.get<float>(strip_));
@@ -126,7 +133,7 @@ class Tile {
     const Kernels& k = kernels();
     const int64_t in = n_.field(s, kIn), width = n_.field(s, kOut);
     const bool loads = n_.field(s, kWeight) < 0, last = s + 1 == n_.steps, is_code = n_.field(s, kIsCode) != 0;
-    const int64_t reduced = n_.kind == Kind::f32 ? in : round_up(in, 2);
+    const int64_t reduced = product_terms(in, n_.kind);
     const char* operand = scratch_.get<char>(operands_[(s + 1) % 2]);
     char* next = scratch_.get<char>(operands_[s % 2]);
     float* strip = scratch_.get<float>(strip_);

@@ -33,7 +33,7 @@ std::vector<at::Tensor> score(const at::Tensor& x, const at::Tensor& program, co
   const at::Tensor code = make(want_latent, latent), reconstruction = make(want_reconstruction, n.in_features),
                    feature_error = make(want_feature_error, n.in_features);
   if (count > 0) {
-    const Partition part(count, kTileRows, n.row_work());
+    const Partition part(count, n.tile_rows(), n.row_work());
     const auto at_row = [](const at::Tensor& t, bool wanted, int64_t row, int64_t columns) {
       return wanted ? t.data_ptr<float>() + row * columns : nullptr;
     };
@@ -59,7 +59,7 @@ void score_products(const at::Tensor& program, const at::Tensor& weights, int64_
   n.steps = program.size(0);
   n.weights = reinterpret_cast<const uint32_t*>(weights.const_data_ptr<int32_t>());
   n.kind = bf16 ? Kind::bf16 : Kind::f32;
-  const Partition part(rows, kTileRows, n.row_work());
+  const Partition part(rows, n.tile_rows(), n.row_work());
   for_chunks(part, [&](int64_t chunk) {
     Tile tile(n, round_up(part.most_rows(), 4));
     for (int64_t t = part.first_tile(chunk); t < part.first_tile(chunk + 1); ++t) tile.run_products(part.count(t));

@@ -29,9 +29,8 @@ void load_operand(const float* source, int64_t rows, int64_t columns, int64_t ld
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 on its own _mm512_undefined_epi32
 #endif
 #if RVAE_LANES == 16
-RVAE_INLINE void transpose_block(const uint32_t* source, int64_t ld_source, uint32_t* words, int64_t ld) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(source + i * ld_source);
+RVAE_INLINE void transpose_registers(__m512i (&r)[16], uint32_t* words, int64_t ld) {
+  __m512i t[16];
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -52,6 +51,28 @@ RVAE_INLINE void transpose_block(const uint32_t* source, int64_t ld_source, uint
     _mm512_storeu_si512(words + i * ld, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
     _mm512_storeu_si512(words + (i + 8) * ld, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
   }
+}
+
+RVAE_INLINE void transpose_block(const uint32_t* source, int64_t ld_source, uint32_t* words, int64_t ld) {
+  __m512i r[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(source + i * ld_source);
+  transpose_registers(r, words, ld);
+}
+
+// The two halves of a register of bf16 as pairs.
+RVAE_INLINE __m512i paired(__m512i halves) {
+  const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i places = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+  return _mm512_permutexvar_epi16(places, halves);
+}
+
+RVAE_INLINE void transpose_pairs_block(const uint16_t* source, int64_t ld_source, uint32_t* words, int64_t ld) {
+  __m512i r[16];
+  for (int i = 0; i < 16; ++i) {
+    const auto half = [&](int64_t row) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + row * ld_source)); };
+    r[i] = paired(_mm512_inserti64x4(_mm512_castsi256_si512(half(2 * i)), half(2 * i + 1), 1));
+  }
+  transpose_registers(r, words, ld);
 }
 #elif RVAE_LANES == 8
 RVAE_INLINE void transpose_block(const uint32_t* source, int64_t ld_source, uint32_t* words, int64_t ld) {
@@ -86,23 +107,37 @@ void transpose_words(const uint32_t* source, int64_t rows, int64_t columns, int6
   }
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-
-void interleave_rows(const uint16_t* source, int64_t pairs, int64_t columns, int64_t ld_source, uint32_t* words, int64_t ld) {
+// Vectors of two rows as pairs of bf16.
+RVAE_INLINE void store_pairs(uint32_t* p, vf even, vf odd) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, paired((__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even)));
+#else
   typedef uint32_t vu_unaligned __attribute__((vector_size(RVAE_LANES * 4), aligned(4), may_alias));
-  for (int64_t p = 0; p < pairs; ++p) {
-    const uint16_t* even = source + 2 * p * ld_source;
-    const uint16_t* odd = even + ld_source;
-    uint32_t* out = words + p * ld;
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const vu low = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(even + c), vu);
-      const vu high = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(odd + c), vu);
-      *reinterpret_cast<vu_unaligned*>(out + c) = low | (high << 16);
+  *reinterpret_cast<vu_unaligned*>(p) = __builtin_convertvector(narrow(even), vu) | __builtin_convertvector(narrow(odd), vu) << 16;
+#endif
+}
+RVAE_INLINE void store(uint32_t* p, vf zero, Full) {
+  store(reinterpret_cast<float*>(p), zero, Full{});
+}
+
+void transpose_pairs(const uint16_t* source, int64_t pairs, int64_t columns, int64_t ld_source, uint32_t* words, int64_t ld) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    for (int64_t p = 0; p < pairs; p += kLanes) {
+#if RVAE_LANES == 16
+      transpose_pairs_block(source + 2 * p * ld_source + c, ld_source, words + c * ld + p, ld);
+#else
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const uint16_t* const even = source + 2 * (p + i) * ld_source + c;
+        for (int64_t j = 0; j < kLanes; ++j) words[(c + j) * ld + p + i] = even[j] | static_cast<uint32_t>(even[ld_source + j]) << 16;
+      }
+#endif
     }
   }
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 // Rows of a weight as rows of its panels of 32 columns, `panel_words` words apart: fp32 as it is, bf16 in pairs of rows. A
 // row is read from end to end, for the panels' own order (128 bytes of each row) is what no prefetcher expects.

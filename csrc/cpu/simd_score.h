@@ -37,34 +37,52 @@ void score_product(int64_t rows, int64_t reduced, const float* a, int64_t ld, co
   for (; r < rows; ++r) score_product_rows<1>(reduced, a + r * ld, ld, b, c + r * kPanel, add);
 }
 
-template <Activation A, class Operand>
+// Row by row, a panel's vectors beside each other. Pointers and switches are copied to names of their own: through `p` the compiler would
+// have to read them again behind every store, which may have changed them for all it knows.
+template <Activation A, class Operand, bool Add, bool Keep>
 void score_step_rows(const ScoreStep& p) {
+  constexpr int vectors = kPanel / kLanes;
   const vf slope = splat(p.slope);
-  for (int v = 0; v < kPanel / kLanes; ++v) {
+  vf bias[vectors], scale[vectors], shift[vectors];
+  for (int v = 0; v < vectors; ++v) {
     const int c = v * kLanes;
-    const vf bias = p.bias == nullptr ? vf{} : load(p.bias + c, Full{});
-    const vf scale = p.scale == nullptr ? splat(1.0f) : load(p.scale + c, Full{});
-    const vf shift = p.shift == nullptr ? vf{} : load(p.shift + c, Full{});
-    for (int64_t r = 0; r < p.rows; ++r) {
-      vf y = load(p.strip + r * kPanel + c, Full{}) + bias;
-      float* const stream = p.stream + r * p.ld_stream + c;
-      if (p.add_stream) y += load(stream, Full{});
-      if (p.activate_first) y = activate<A>(y, slope);
-      if (p.store_stream) store(stream, y, Full{});
-      if (p.store_strip) store(p.strip + r * kPanel + c, y, Full{});
-      if (p.operand.data == nullptr) continue;
-      y = y * scale + shift;
-      if (p.activate_last) y = activate<A>(y, slope);
-      store(static_cast<Operand*>(p.operand.data) + r * p.ld_operand + c, y, Full{});
+    bias[v] = p.bias == nullptr ? vf{} : load(p.bias + c, Full{});
+    scale[v] = p.scale == nullptr ? splat(1.0f) : load(p.scale + c, Full{});
+    shift[v] = p.shift == nullptr ? vf{} : load(p.shift + c, Full{});
+  }
+  float* strip = p.strip;
+  float* stream = p.stream;
+  auto* operand = static_cast<Operand*>(p.operand.data);
+  const int64_t ld_stream = p.ld_stream, ld_operand = operand == nullptr ? 0 : p.ld_operand;
+  const bool first = p.activate_first, last = p.activate_last, keep_strip = p.store_strip;
+  for (int64_t r = p.rows; r > 0; --r) {
+    vf y[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      y[v] = load(strip + v * kLanes, Full{}) + bias[v];
+      if constexpr (Add) y[v] += load(stream + v * kLanes, Full{});
+      if (first) y[v] = activate<A>(y[v], slope);
+      if constexpr (Keep) store(stream + v * kLanes, y[v], Full{});
+      if (keep_strip) store(strip + v * kLanes, y[v], Full{});
+      y[v] = y[v] * scale[v] + shift[v];
+      if (last) y[v] = activate<A>(y[v], slope);
     }
+    if (operand != nullptr) store_panel(operand, y);
+    strip += kPanel;
+    stream += ld_stream;
+    operand += ld_operand;
   }
 }
 
 void score_step(const ScoreStep& p) {
   with_activation(p.activate_first || p.activate_last ? p.activation : Activation::identity, [&](auto activation) {
     constexpr Activation A = decltype(activation)::value;
-    if (p.operand.kind == Kind::f32) return score_step_rows<A, float>(p);
-    score_step_rows<A, uint16_t>(p);
+    const auto rows = [&](auto operand) {
+      using T = decltype(operand);
+      if (p.add_stream) return p.store_stream ? score_step_rows<A, T, true, true>(p) : score_step_rows<A, T, true, false>(p);
+      p.store_stream ? score_step_rows<A, T, false, true>(p) : score_step_rows<A, T, false, false>(p);
+    };
+    p.operand.kind == Kind::f32 ? rows(float{}) : rows(uint16_t{});
   });
 }
 

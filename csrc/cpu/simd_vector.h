@@ -114,6 +114,23 @@ RVAE_INLINE void store(uint16_t* p, vf x, Full) {
   *reinterpret_cast<vh_unaligned*>(p) = narrow(x);
 }
 
+// The vectors of a panel, one beside the other.
+template <int N>
+RVAE_INLINE void store_panel(float* p, const vf (&x)[N]) {
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) store(p + v * kLanes, x[v], Full{});
+}
+template <int N>
+RVAE_INLINE void store_panel(uint16_t* p, const vf (&x)[N]) {
+#if defined(__AVX512BF16__)
+  static_assert(N == 2);
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
+#else
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) store(p + v * kLanes, x[v], Full{});
+#endif
+}
+
 // What a value becomes when it is stored as T.
 template <class T>
 RVAE_INLINE vf as_stored(vf x);

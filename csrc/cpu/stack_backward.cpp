@@ -27,7 +27,7 @@ class BackwardPass {
  public:
   BackwardPass(const Shape& shape, const Inputs& inputs, const ForwardResult& kept, const at::Tensor& gradient,
                const Needs& needs, const Gradients* into)
-      : s_(shape), in_(inputs), needs_(needs), part_(shape.rows, kTileRows, shape.row_work()),
+      : s_(shape), in_(inputs), needs_(needs), part_(shape.rows, shape.tile_rows(), shape.row_work()),
         packed_(inputs.weights, shape, /*forward=*/false), k_(kernels()) {
     if (into != nullptr) {
       g_ = *into;
@@ -40,8 +40,7 @@ class BackwardPass {
     g_.x = empty_large({needs_.x ? s_.rows : 0, s_.in(0)}, in_.x.options());
 
     // Tiles are read in whole blocks of 16 words by the transposition.
-    const int64_t block = 16 * 4 / size_of(s_.compute);
-    tile_rows_ = round_up(part_.most_rows(), block);
+    tile_rows_ = round_up(part_.most_rows(), kRowBlock);
     operand_bytes_ = round_up(tile_rows_ * s_.operand_stride() * size_of(s_.compute), kAlignment);
     strip_bytes_ = round_up(tile_rows_ * kPanel * 4, kAlignment);
 
@@ -114,7 +113,7 @@ class BackwardPass {
       for (int64_t t = part_.first_tile(chunk); t < part_.first_tile(chunk + 1); ++t) {
         gradient_tile(before, t, dy, want_bias ? sums_.cleared_bias(t) : nullptr);
         if (want_weight) {
-          source_tile(again, t, weight_gradient_->operand(layer, chunk, t));
+          weight_gradient_->make_operand(layer, chunk, t, source_tile(again, t));
           weight_gradient_->add(layer, chunk, t, static_cast<const char*>(dy.data));
         }
         if (further) input_gradient(layer, chunk, t, after);
@@ -153,22 +152,20 @@ class BackwardPass {
     return p;
   }
 
-  void source_tile(Prologue p, int64_t tile, RowsOut a) const {
+  Prologue source_tile(Prologue p, int64_t tile) const {
     p.rows = part_.count(tile);
     p.source = at_offset(p.source, part_.begin(tile) * p.width);
-    p.operand = a;
-    k_.prologue(p);
-    clear_padding(a, p.rows);
+    return p;
   }
 
   void input_gradient(int64_t layer, int64_t chunk, int64_t tile, BackwardEpilogue p) const {
     const BackwardEpilogue whole = p;
-    const int64_t reduced = s_.compute == Kind::f32 ? s_.out(layer) : round_up(s_.out(layer), 2);
+    const int64_t reduced = product_terms(s_.out(layer), s_.compute);
     float* const strip = of_chunk<float>(strips_, strip_bytes_, chunk);
     p.rows = part_.count(tile);
     p.strip = strip;
     for (int64_t panel = 0; panel < Shape::panels(p.width); ++panel) {
-      multiply(s_.compute, padded_rows(p.rows), reduced, of_chunk<char>(dys_, operand_bytes_, chunk), s_.operand_stride(),
+      multiply(s_.compute, product_rows(p.rows, s_.compute), reduced, of_chunk<char>(dys_, operand_bytes_, chunk), s_.operand_stride(),
                packed_.panel(layer, panel), kPanel, strip, kPanel, /*add=*/false);
       place(p, whole, tile, panel * kPanel);
       if (p.norm.mean == nullptr && p.carried.data == nullptr) {  // the input of a plain stack: the product itself

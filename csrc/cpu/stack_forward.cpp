@@ -25,7 +25,7 @@ at::ScalarType scalar_type(Kind kind) {
 class ForwardPass {
  public:
   ForwardPass(const Shape& shape, const Inputs& inputs, bool keep)
-      : s_(shape), in_(inputs), keep_(keep), part_(shape.rows, kTileRows, shape.row_work()), norm_vectors_(shape.padded()),
+      : s_(shape), in_(inputs), keep_(keep), part_(shape.rows, shape.tile_rows(), shape.row_work()), norm_vectors_(shape.padded()),
         packed_(inputs.weights, shape, /*forward=*/true), k_(kernels()) {
     const auto options = in_.x.options();
     const int64_t streams = keep_ ? s_.units() - 1 : 0;
@@ -38,7 +38,7 @@ class ForwardPass {
     if (!s_.plain()) result_.inner = result_.inner.view({inner / one, s_.rows, s_.width});
     result_.statistics = at::zeros({s_.norms(), 3, s_.padded()}, options.dtype(at::kFloat));
 
-    const int64_t tile = round_up(part_.most_rows(), 4);
+    const int64_t tile = round_up(part_.most_rows(), kRowBlock);
     operand_bytes_ = tile * s_.operand_stride() * size_of(s_.compute);
     strip_bytes_ = tile * kPanel * 4;
     operands_ = scratch_.add(part_.chunks * round_up(operand_bytes_, kAlignment));
@@ -163,7 +163,7 @@ class ForwardPass {
     const bool moments = normed_by >= 0 && in_.batch_statistics;
     const float* bias = data_or_null(in_.biases, layer);
     const int64_t width = s_.out(layer);
-    const int64_t reduced = s_.compute == Kind::f32 ? s_.in(layer) : round_up(s_.in(layer), 2);
+    const int64_t reduced = product_terms(s_.in(layer), s_.compute);
     part_.for_chunks([&](int64_t chunk) {
       const RowsOut operand{scratch_.get<char>(operands_ + chunk * round_up(operand_bytes_, kAlignment)), s_.compute};
       for (int64_t t = part_.first_tile(chunk); t < part_.first_tile(chunk + 1); ++t) {
@@ -175,8 +175,8 @@ class ForwardPass {
         for (int64_t panel = 0; panel < Shape::panels(width); ++panel) {
           const int64_t column = panel * kPanel;
           const int64_t offset = part_.begin(t) * width + column;
-          multiply(s_.compute, padded_rows(after.rows), reduced, operand.data, s_.operand_stride(), packed_.panel(layer, panel),
-                   kPanel, after.strip, kPanel, /*add=*/false);
+          multiply(s_.compute, product_rows(after.rows, s_.compute), reduced, operand.data, s_.operand_stride(), packed_.panel(layer, panel),
+                   kPanel, strip(chunk), kPanel, /*add=*/false);
           after.columns = std::min(kPanel, width - column);
           after.bias = bias == nullptr ? nullptr : bias + column;
           after.residual = at_offset(residual, offset);
@@ -200,7 +200,7 @@ class ForwardPass {
         p.rows = part_.count(t);
         for (int64_t column = 0; column < s_.width; column += kPanel) {
           p.columns = std::min(kPanel, s_.width - column);
-          k_.load_strip(at_offset(source, part_.begin(t) * s_.width + column), p.rows, p.columns, s_.width, p.strip);
+          k_.load_strip(at_offset(source, part_.begin(t) * s_.width + column), p.rows, p.columns, s_.width, strip(chunk));
           set_moments(p, t, column);
           k_.epilogue(p);
         }

@@ -9,13 +9,26 @@
 #include <vector>
 
 #include "cpu/cpu_features.h"
+#include "cpu/stack_gemm_amx.h"
 
 namespace rvae::cpu::stack {
+
+bool uses_amx() {
+#ifdef RVAE_HAVE_AMX
+  static const bool has = has_amx_bf16();
+  return has;
+#else
+  return false;
+#endif
+}
 
 namespace {
 
 void multiply_bf16(int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc,
               bool add) {
+#ifdef RVAE_HAVE_AMX
+  if (uses_amx()) return amx_multiply(m, k, a, lda, b, ldb, c, ldc, add);
+#endif
   at::native::cpublas::brgemm(m, kPanel, k, lda, ldb, ldc, add, static_cast<const at::BFloat16*>(a),
                               static_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
 }
@@ -24,7 +37,7 @@ void multiply_bf16(int64_t m, int64_t k, const void* a, int64_t lda, const void*
 // does not read the pairs as we write them.
 bool try_bf16() {
   constexpr int64_t m = 4, k = 64;
-  std::vector<at::BFloat16> a(m * k), b(k * kPanel);
+  std::vector<at::BFloat16> a(kRowBlock * k), b(k * kPanel);
   std::vector<float> c(m * kPanel, -1.0f);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < k; ++j) a[i * k + j] = static_cast<float>((i + j) % 5);
@@ -68,7 +81,18 @@ void multiply(Kind kind, int64_t m, int64_t k, const void* a, int64_t lda, const
   });
 }
 
+int64_t product_rows(int64_t rows, Kind kind) {
+  return round_up(rows, kind == Kind::bf16 && uses_amx() ? 16 : 4);
+}
+
+int64_t product_terms(int64_t terms, Kind kind) {
+  return kind == Kind::f32 ? terms : round_up(terms, uses_amx() ? 32 : 2);
+}
+
 void release_products(Kind kind) {
+#ifdef RVAE_HAVE_AMX
+  if (kind == Kind::bf16 && uses_amx()) return amx_release();
+#endif
   at::native::cpublas::brgemm_release(kind == Kind::bf16);
 }
 
@@ -85,7 +109,12 @@ void pack_forward(const float* weight, int64_t out, int64_t in, int64_t panel, K
 
 void pack_backward(const float* weight, int64_t out, int64_t in, int64_t first, Kind kind, uint32_t* packed) {
   const int64_t rows = std::min(kPackRows, out - first);
-  kernels().spread_rows(weight + first * in, rows, in, in, kind, packed + words(first, kind) * kPanel, panel_words(out, kind));
+  const int64_t one = panel_words(out, kind);
+  kernels().spread_rows(weight + first * in, rows, in, in, kind, packed + words(first, kind) * kPanel, one);
+  if (first + rows < out) return;
+  // What a product may take beyond the last output (product_terms).
+  const int64_t begin = words(out, kind) * kPanel, end = words(product_terms(out, kind), kind) * kPanel;
+  for (int64_t p = 0; p * kPanel < in; ++p) std::memset(packed + p * one + begin, 0, static_cast<size_t>(end - begin) * 4);
 }
 
 }  // namespace rvae::cpu::stack

@@ -1,5 +1,5 @@
 // The matrix products of a residual stack: tile by panel, through the micro-kernels that torch carries
-// (at::native::cpublas::brgemm, which generates code for AMX, AVX-512 and AVX2, and is a plain GEMM elsewhere).
+// (at::native::cpublas::brgemm, which generates code for AVX-512 and AVX2, and is a plain GEMM elsewhere); bf16 on AMX by our own.
 #pragma once
 
 #include <algorithm>
@@ -22,6 +22,17 @@ inline int64_t words(int64_t n, Kind kind) {
   return kind == Kind::f32 ? n : (n + 1) / 2;
 }
 
+// What the rows and the terms of a product are rounded up to. AMX takes blocks of 16 rows by 32 terms. (torch's micro-kernels take remainders,
+// and configure the tiles anew for them: 96 rows by 258 terms take 3.4 times as long as by 256.) Elsewhere multiples of 4 rows bound the number of micro-kernels that get generated, and bf16 comes in pairs.
+int64_t product_rows(int64_t rows, Kind kind);
+int64_t product_terms(int64_t terms, Kind kind);
+
+// Buffers of rows have room for whole blocks of this many, which product_rows and product_terms never exceed.
+constexpr int64_t kRowBlock = 32;
+
+// Whether bf16 products run on AMX.
+bool uses_amx();
+
 // Whether bf16 products run on this machine (AVX512_BF16 or AMX). Tried once, with a product whose result is known.
 bool has_bf16_products();
 
@@ -41,7 +52,8 @@ void for_blocks(int64_t k, F f) {
   for (int64_t first = 0; first < k; first += length) f(first, std::min(length, k - first));
 }
 
-// c[m, 32] = or += a[m, k] * b[k, 32]. `ld` counts values; `k` is even for bf16, whose b holds pairs of rows. bf16 goes without
+// c[m, 32] = or += a[m, k] * b[k, 32]. `ld` counts values. In bf16 b holds pairs of rows, `k` is one of product_terms, and `a` can be
+// read for whole blocks of kRowBlock rows. bf16 goes without
 // blocks: the rounding of what it multiplies and writes is hundreds of times that of its sums.
 void multiply(Kind kind, int64_t m, int64_t k, const void* a, int64_t lda, const void* b, int64_t ldb, float* c, int64_t ldc,
               bool add);

@@ -49,14 +49,15 @@ struct Prologue {
   RowsOut stream;
   RowsOut operand;
   int64_t ld_operand;
+  uint32_t* pairs = nullptr;  // in place of `operand`: words[p, c] = the pair (row 2p, row 2p + 1) of bf16, `ld_operand` words apart
 };
 
 // After a product: out = strip + bias + residual, and the (mean, M2) of its columns over the tile. The mean is mean + shift:
 // in one fp32 number, that of columns far from zero would be off by a part of their deviation, and the merged variance with it.
-// The strip is overwritten. `out.data == nullptr`: statistics alone.
+// `out.data == nullptr`: statistics alone.
 struct Epilogue {
   int64_t rows, columns, width;
-  float* strip;
+  const float* strip;
   const float* bias;  // `columns` values
   Rows residual;
   RowsOut out;
@@ -134,8 +135,8 @@ struct Kernels {
   void (*load_operand)(const float* source, int64_t rows, int64_t columns, int64_t ld_source, RowsOut operand, int64_t ld);
   // words[c, r] = source[r, c] for 32-bit words; rows and columns must be multiples of 16.
   void (*transpose_words)(const uint32_t* source, int64_t rows, int64_t columns, int64_t ld_source, uint32_t* words, int64_t ld);
-  // words[p, c] = the pair (source[2p, c], source[2p + 1, c]) of bf16; columns must be a multiple of 32.
-  void (*interleave_rows)(const uint16_t* source, int64_t pairs, int64_t columns, int64_t ld_source, uint32_t* words, int64_t ld);
+  // words[c, p] = the pair (source[2p, c], source[2p + 1, c]) of bf16; pairs and columns must be multiples of 16.
+  void (*transpose_pairs)(const uint16_t* source, int64_t pairs, int64_t columns, int64_t ld_source, uint32_t* words, int64_t ld);
   // A weight's rows spread over panels of 32 columns, `panel_words` words apart; see simd_layout.h.
   void (*spread_rows)(const float* source, int64_t rows, int64_t columns, int64_t ld_source, Kind kind, uint32_t* packed,
                       int64_t panel_words);

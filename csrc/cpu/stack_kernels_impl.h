@@ -2,6 +2,8 @@
 // RVAE_LANES (and the name of its table) and includes this one. See simd_vector.h for why everything is anonymous.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd_activation.h"
 #include "cpu/simd_layout.h"
 #include "cpu/simd_score.h"
@@ -21,7 +23,8 @@ using rvae::cpu::stack::Prologue;
 using rvae::cpu::stack::Rows;
 using rvae::cpu::stack::RowsOut;
 
-struct None {};  // stands for a matrix that is not there
+struct None {};   // stands for a matrix that is not there
+struct Pairs {};  // an operand of bf16 in pairs of rows
 
 template <class T>
 RVAE_INLINE const T* row(Rows m, int64_t r, int64_t ld) {
@@ -36,6 +39,18 @@ template <class T>
 constexpr bool present = true;
 template <>
 constexpr bool present<None> = false;
+
+// The same of a matrix that may not be there: its pointer is not to be used then.
+template <class T>
+RVAE_INLINE const T* row_if(Rows m, int64_t r, int64_t ld) {
+  if constexpr (present<T>) return row<T>(m, r, ld);
+  return nullptr;
+}
+template <class T>
+RVAE_INLINE T* row_if(RowsOut m, int64_t r, int64_t ld) {
+  if constexpr (present<T>) return row<T>(m, r, ld);
+  return nullptr;
+}
 
 template <class T>
 struct Element {
@@ -52,26 +67,95 @@ RVAE_INLINE void with_elements(Kind first, Kind second, F f) {
 
 // --------------------------------------------------------------------------------------------------------- before a product
 
-template <Activation A, class Source, class Residual, class Stream, class Operand>
+// Calls f(first, count) for the rows in groups of kGroup, `count` a constant. Rows of a group share the loads of what belongs to a column.
+constexpr int kGroup = 4;
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <class F>
+RVAE_INLINE void for_groups(int64_t rows, F f) {
+  int64_t r = 0;
+  for (; r + kGroup <= rows; r += kGroup) f(r, Count<kGroup>{});
+  for (; r + 2 <= rows; r += 2) f(r, Count<2>{});
+  if (r < rows) f(r, Count<1>{});
+}
+
+// An operand's columns behind its last vector, up to a whole panel: products may take them, and a wider layer may have left what is no number.
+template <class Operand>
+RVAE_INLINE void clear_panels(Operand* operand, int rows, int64_t ld, int64_t width) {
+  if constexpr (present<Operand>) {
+    for (int64_t c = (width + kLanes - 1) / kLanes * kLanes; c % kPanel != 0; c += kLanes) {
+      for (int i = 0; i < rows; ++i) store(operand + i * ld + c, vf{}, Full{});
+    }
+  }
+}
+
+template <class Operand>
+RVAE_INLINE auto* place(const Prologue& p, int64_t r) {
+  if constexpr (std::is_same_v<Operand, Pairs>) {
+    return p.pairs + r / 2 * p.ld_operand;
+  } else {
+    return row_if<Operand>(p.operand, r, p.ld_operand);
+  }
+}
+
+template <Activation A, bool Normed, class Source, class Residual, class Stream, class Operand>
 void prologue_rows(const Prologue& p) {
   const vf slope = splat(p.slope);
-  for (int64_t r = 0; r < p.rows; ++r) {
-    for_columns(p.width, [&](int64_t c, auto lanes) {
-      vf h = load(row<Source>(p.source, r, p.width) + c, lanes);
-      if (p.norm.mean != nullptr) {
-        h = (h - load(p.norm.mean + c, Full{})) * load(p.norm.scale + c, Full{}) + load(p.norm.beta + c, Full{});
+  const Norm norm = p.norm;
+  const int64_t width = p.width, ld_operand = p.ld_operand;
+  for_groups(p.rows, [&](int64_t r, auto group) {
+    constexpr int rows = decltype(group)::value;
+    const Source* const source = row<Source>(p.source, r, width);
+    const auto* const residual = row_if<Residual>(p.residual, r, width);
+    auto* const stream = row_if<Stream>(p.stream, r, width);
+    constexpr bool pairs = std::is_same_v<Operand, Pairs>;
+    auto* const operand = place<Operand>(p, r);
+    for_columns(width, [&](int64_t c, auto lanes) {
+      vf mean{}, scale{}, beta{};
+      if constexpr (Normed) {
+        mean = load(norm.mean + c, Full{});
+        scale = load(norm.scale + c, Full{});
+        beta = load(norm.beta + c, Full{});
       }
-      if constexpr (present<Residual>) h += load(row<Residual>(p.residual, r, p.width) + c, lanes);
-      h = activate<A>(h, slope);
-      if constexpr (present<Stream>) store(row<Stream>(p.stream, r, p.width) + c, h, lanes);
-      if constexpr (present<Operand>) store(row<Operand>(p.operand, r, p.ld_operand) + c, inside(h, lanes), Full{});
+      vf before{};
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        vf h = load(source + i * width + c, lanes);
+        if constexpr (Normed) h = (h - mean) * scale + beta;
+        if constexpr (present<Residual>) h += load(residual + i * width + c, lanes);
+        h = activate<A>(h, slope);
+        if constexpr (present<Stream>) store(stream + i * width + c, h, lanes);
+        if constexpr (pairs) {
+          h = inside(h, lanes);
+          if (i % 2 != 0) store_pairs(operand + i / 2 * ld_operand + c, before, h);
+          if (i % 2 == 0 && i + 1 == rows) store_pairs(operand + i / 2 * ld_operand + c, h, vf{});
+          before = h;
+        } else if constexpr (present<Operand>) {
+          store(operand + i * ld_operand + c, inside(h, lanes), Full{});
+        }
+      }
     });
-  }
+    clear_panels(operand, pairs ? (rows + 1) / 2 : rows, ld_operand, width);
+  });
+}
+
+template <Activation A, class Source, class Residual, class Stream, class Operand>
+RVAE_INLINE void prologue_rows(const Prologue& p) {
+  p.norm.mean != nullptr ? prologue_rows<A, true, Source, Residual, Stream, Operand>(p)
+                         : prologue_rows<A, false, Source, Residual, Stream, Operand>(p);
 }
 
 void prologue(const Prologue& p) {
   with_activation(p.activate ? p.activation : Activation::identity, [&](auto activation) {
     constexpr Activation A = decltype(activation)::value;
+    if (p.pairs != nullptr) {
+      return with_elements(p.source.kind, Kind::bf16, [&](auto source, auto) {
+        using S = typename decltype(source)::type;
+        p.residual.data == nullptr ? prologue_rows<A, S, None, None, Pairs>(p) : prologue_rows<A, S, S, None, Pairs>(p);
+      });
+    }
     if (p.stream.data == nullptr) {
       return with_elements(p.source.kind, p.operand.kind, [&](auto source, auto operand) {
         prologue_rows<A, typename decltype(source)::type, None, None, typename decltype(operand)::type>(p);
@@ -109,48 +193,67 @@ RVAE_INLINE void for_panel(int64_t columns, F f) {
   }
 }
 
-template <class Residual, class Out>
+// The column moments of a tile in one pass, about a value near its mean: that of the tile's first rows. What is left of the cancellation is
+// (mean - pivot)^2 beside the variance, and by a pivot that is the mean of k of the tile's n rows that is at most n / k.
+template <class Residual, class Out, bool Moments>
 void epilogue_rows(const Epilogue& p) {
-  const bool moments = p.mean != nullptr;
+  constexpr int64_t kPivotRows = 8;
+  const int64_t width = p.width, rows = p.rows, columns = p.columns;
+  const float* const strip = p.strip;
+  const auto* const residual = row_if<Residual>(p.residual, 0, width);
+  auto* const out = row_if<Out>(p.out, 0, width);
   vf bias[kVectors] = {};
-  if (p.bias != nullptr) for_panel(p.columns, [&](int v, int c, auto lanes) { bias[v] = load(p.bias + c, lanes); });
-  vf sum[kVectors] = {};
-  for (int64_t r = 0; r < p.rows; ++r) {
-    float* strip = p.strip + r * kPanel;
-    for_panel(p.columns, [&](int v, int c, auto lanes) {
-      vf y = load(strip + c, Full{}) + bias[v];
-      if constexpr (present<Residual>) y += load(row<Residual>(p.residual, r, p.width) + c, lanes);
-      if constexpr (present<Out>) {
-        store(row<Out>(p.out, r, p.width) + c, y, lanes);
-        if (moments) y = as_stored<Out>(y);  // the next layer normalises what it reads
-      }
-      if (moments) {
-        store(strip + c, y, Full{});
-        sum[v] += y;
-      }
-    });
+  if (p.bias != nullptr) for_panel(columns, [&](int v, int c, auto lanes) { bias[v] = load(p.bias + c, lanes); });
+  const auto value = [&](int64_t r, int v, int c, auto lanes) {
+    vf y = load(strip + r * kPanel + c, Full{}) + bias[v];
+    if constexpr (present<Residual>) y += load(residual + r * width + c, lanes);
+    return y;
+  };
+  vf pivot[kVectors] = {}, sum[kVectors] = {}, squares[kVectors] = {};
+  if constexpr (Moments) {
+    const int64_t few = rows < kPivotRows ? rows : kPivotRows;
+    for (int64_t r = 0; r < few; ++r) for_panel(columns, [&](int v, int c, auto lanes) { pivot[v] += value(r, v, c, lanes); });
+    for (int v = 0; v < kVectors; ++v) pivot[v] *= 1.0f / static_cast<float>(few);
   }
-  if (!moments) return;
-  // Two passes over the tile while it is in cache, and a correction for the rounding of the mean.
-  const float share = 1.0f / static_cast<float>(p.rows);
-  vf mean[kVectors], squares[kVectors] = {}, rest[kVectors] = {};
-  for (int v = 0; v < kVectors; ++v) mean[v] = sum[v] * share;
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const float* strip = p.strip + r * kPanel;
+  const auto pass = [&](auto whole) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto step = [&](int v, int c, auto lanes) {
+        vf y = value(r, v, c, lanes);
+        if constexpr (present<Out>) {
+          store(out + r * width + c, y, lanes);
+          if constexpr (Moments) y = as_stored<Out>(y);  // the next layer normalises what it reads
+        }
+        if constexpr (Moments) {
+          const vf d = y - pivot[v];
+          sum[v] += d;
+          squares[v] += d * d;
+        }
+      };
+      if constexpr (decltype(whole)::value) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) step(v, v * kLanes, Full{});
+      } else {
+        for_panel(columns, step);
+      }
+    }
+  };
+  columns == kPanel ? pass(Count<1>{}) : pass(Count<0>{});
+  if constexpr (Moments) {
+    const float share = 1.0f / static_cast<float>(rows);
     for (int v = 0; v < kVectors; ++v) {
-      const vf d = load(strip + v * kLanes, Full{}) - mean[v];
-      rest[v] += d;
-      squares[v] += d * d;
+      const vf shift = sum[v] * share;
+      const vf m2 = squares[v] - sum[v] * shift;
+      store(p.mean + v * kLanes, pivot[v], Full{});
+      store(p.shift + v * kLanes, shift, Full{});
+      // In a constant column of large numbers nothing but rounding is left, of either sign. (NaN stays NaN.)
+      store(p.m2 + v * kLanes, m2 < 0.0f ? vf{} : m2, Full{});
     }
   }
-  for (int v = 0; v < kVectors; ++v) {
-    const vf shift = rest[v] * share;
-    const vf m2 = squares[v] - rest[v] * shift;
-    store(p.mean + v * kLanes, mean[v], Full{});
-    store(p.shift + v * kLanes, shift, Full{});
-    // In a constant column of large numbers nothing but rounding is left, of either sign. (NaN stays NaN.)
-    store(p.m2 + v * kLanes, m2 < 0.0f ? vf{} : m2, Full{});
-  }
+}
+
+template <class Residual, class Out>
+RVAE_INLINE void epilogue_rows(const Epilogue& p) {
+  p.mean != nullptr ? epilogue_rows<Residual, Out, true>(p) : epilogue_rows<Residual, Out, false>(p);
 }
 
 void epilogue(const Epilogue& p) {
@@ -166,20 +269,41 @@ void epilogue(const Epilogue& p) {
 
 template <class Dz, class R, class Carried, class Out, class Operand>
 void backward_prologue_rows(const BackwardPrologue& p) {
-  for (int64_t r = 0; r < p.rows; ++r) {
-    for_columns(p.width, [&](int64_t c, auto lanes) {
-      vf dy{};
+  const int64_t width = p.width, ld_operand = p.ld_operand;
+  const float *const mean = p.mean, *const c1 = p.c1, *const c2 = p.c2, *const c3 = p.c3;
+  float* const column_sum = p.column_sum;
+  for_groups(p.rows, [&](int64_t first, auto group) {
+    constexpr int rows = decltype(group)::value;
+    const auto* const dz = row_if<Dz>(p.dz, first, width);
+    const auto* const raw = row_if<R>(p.r, first, width);
+    const auto* const carried = row_if<Carried>(p.carried, first, width);
+    auto* const out = row_if<Out>(p.carried_out, first, width);
+    auto* const operand = row_if<Operand>(p.operand, first, ld_operand);
+    for_columns(width, [&](int64_t c, auto lanes) {
+      vf m{}, k1{}, k2{}, k3{}, sum{};
       if constexpr (present<Dz>) {
-        const vf centred = load(row<R>(p.r, r, p.width) + c, lanes) - load(p.mean + c, Full{});
-        dy = load(row<Dz>(p.dz, r, p.width) + c, lanes) - load(p.c2 + c, Full{}) - load(p.c3 + c, Full{}) * centred;
-        dy *= load(p.c1 + c, Full{});
+        m = load(mean + c, Full{});
+        k1 = load(c1 + c, Full{});
+        k2 = load(c2 + c, Full{});
+        k3 = load(c3 + c, Full{});
       }
-      if constexpr (present<Carried>) dy += load(row<Carried>(p.carried, r, p.width) + c, lanes);
-      if constexpr (present<Out>) store(row<Out>(p.carried_out, r, p.width) + c, dy, lanes);
-      if constexpr (present<Operand>) store(row<Operand>(p.operand, r, p.ld_operand) + c, inside(dy, lanes), Full{});
-      if (p.column_sum != nullptr) store(p.column_sum + c, load(p.column_sum + c, Full{}) + inside(dy, lanes), Full{});
+#pragma GCC unroll 4
+      for (int i = 0; i < rows; ++i) {
+        vf dy{};
+        if constexpr (present<Dz>) {
+          const vf centred = load(raw + i * width + c, lanes) - m;
+          dy = (load(dz + i * width + c, lanes) - k2 - k3 * centred) * k1;
+        }
+        if constexpr (present<Carried>) dy += load(carried + i * width + c, lanes);
+        if constexpr (present<Out>) store(out + i * width + c, dy, lanes);
+        dy = inside(dy, lanes);
+        if constexpr (present<Operand>) store(operand + i * ld_operand + c, dy, Full{});
+        sum += dy;
+      }
+      if (column_sum != nullptr) store(column_sum + c, load(column_sum + c, Full{}) + sum, Full{});
     });
-  }
+    clear_panels(operand, rows, ld_operand, width);
+  });
 }
 
 void backward_prologue(const BackwardPrologue& p) {
@@ -206,6 +330,12 @@ void backward_prologue(const BackwardPrologue& p) {
 template <Activation A, class R, bool Unit, class Out>
 void backward_epilogue_rows(const BackwardEpilogue& p) {
   const vf slope = splat(p.slope);
+  const int64_t width = p.width, rows = p.rows, columns = p.columns;
+  const float* const strip = p.strip;
+  const R* const raw = row<R>(p.r, 0, width);
+  const Out* const carried = Unit ? row<Out>(p.carried, 0, width) : nullptr;
+  const Out* const residual = Unit ? row<Out>(p.residual, 0, width) : nullptr;
+  Out* const out = row<Out>(p.out, 0, width);
   vf mean[kVectors], rstd[kVectors], scale[kVectors], beta[kVectors], sum[kVectors] = {}, sum_xhat[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) {
     mean[v] = load(p.norm.mean + v * kLanes, Full{});
@@ -213,20 +343,30 @@ void backward_epilogue_rows(const BackwardEpilogue& p) {
     scale[v] = load(p.norm.scale + v * kLanes, Full{});
     beta[v] = load(p.norm.beta + v * kLanes, Full{});
   }
-  for (int64_t r = 0; r < p.rows; ++r) {
-    for_panel(p.columns, [&](int v, int c, auto lanes) {
-      vf g = load(p.strip + r * kPanel + c, Full{});
-      if constexpr (Unit) g += load(row<Out>(p.carried, r, p.width) + c, lanes);
-      const vf centred = load(row<R>(p.r, r, p.width) + c, lanes) - mean[v];
-      vf z = centred * scale[v] + beta[v];
-      if constexpr (Unit) z += load(row<Out>(p.residual, r, p.width) + c, lanes);
-      // The sums are of what is stored: the BatchNorm's rule subtracts one from the other.
-      const vf dz = as_stored<Out>(activate_backward<A>(g, z, slope));
-      store(row<Out>(p.out, r, p.width) + c, dz, lanes);
-      sum[v] += dz;
-      sum_xhat[v] += dz * (centred * rstd[v]);
-    });
-  }
+  const auto pass = [&](auto whole) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto step = [&](int v, int c, auto lanes) {
+        const int64_t at = r * width + c;
+        vf g = load(strip + r * kPanel + c, Full{});
+        if constexpr (Unit) g += load(carried + at, lanes);
+        const vf centred = load(raw + at, lanes) - mean[v];
+        vf z = centred * scale[v] + beta[v];
+        if constexpr (Unit) z += load(residual + at, lanes);
+        // The sums are of what is stored: the BatchNorm's rule subtracts one from the other.
+        const vf dz = as_stored<Out>(activate_backward<A>(g, z, slope));
+        store(out + at, dz, lanes);
+        sum[v] += dz;
+        sum_xhat[v] += dz * (centred * rstd[v]);
+      };
+      if constexpr (decltype(whole)::value) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) step(v, v * kLanes, Full{});
+      } else {
+        for_panel(columns, step);
+      }
+    }
+  };
+  columns == kPanel ? pass(Count<1>{}) : pass(Count<0>{});
   for (int v = 0; v < kVectors; ++v) {
     store(p.sum_dz + v * kLanes, sum[v], Full{});
     store(p.sum_dz_xhat + v * kLanes, sum_xhat[v], Full{});
@@ -274,7 +414,7 @@ void load_strip(Rows source, int64_t rows, int64_t columns, int64_t width, float
 
 constexpr Kernels make_kernels(const char* isa) {
   return {isa,           prologue,     epilogue,        backward_prologue, backward_epilogue, load_strip,
-          load_operand,  transpose_words, interleave_rows, spread_rows,     sum_buffers,       merge_moments,
+          load_operand,  transpose_words, transpose_pairs, spread_rows,     sum_buffers,       merge_moments,
           sum_tiles,     score_step,      score_error,     score_product};
 }
 

@@ -17,6 +17,12 @@
 
 namespace rvae::cpu::stack {
 
+// Rows of a tile: what a tile needs stays in a core's second-level cache, and a product is long enough to pay for reading
+// the weights. AMX is done with its product so much sooner that the tiles are higher there, as far as `bytes_of_row` lets them stay in
+// that cache (2 MiB on every CPU that has AMX).
+constexpr int64_t kTileRows = 96;
+int64_t tile_rows(Kind compute, int64_t bytes_of_row, int64_t most);
+
 enum class Order : int { pre = 0, post = 1, plain = 2 };
 
 struct Shape {
@@ -70,6 +76,8 @@ struct Shape {
     for (int64_t l = 0; l < layer; ++l) sum += out(l);
     return sum;
   }
+  // A layer's backward pass has five operands of a tile.
+  int64_t tile_rows() const { return stack::tile_rows(compute, 5 * 2 * operand_stride(), 192); }
   // Multiplications that a row takes in a layer, in the mean.
   int64_t row_work() const { return weights_before(layers) / layers; }
 };
@@ -90,10 +98,17 @@ struct Partition {
     chunks = std::max<int64_t>(1, std::min({threads, rows / 8, rows * row_work / kWorkOfThread}));
     tiles = chunks * at::divup(at::divup(rows, chunks), tile_rows);
   }
-  int64_t begin(int64_t tile) const { return rows * tile / tiles; }
+  // Tiles of 64 rows and more begin at whole blocks, so that all but the last are whole blocks (product_rows).
+  int64_t begin(int64_t tile) const {
+    const int64_t row = rows * tile / tiles;
+    return rows < 2 * kRowBlock * tiles ? row : std::min(rows, round_up(row, kRowBlock));
+  }
   int64_t count(int64_t tile) const { return begin(tile + 1) - begin(tile); }
   int64_t first_tile(int64_t chunk) const { return tiles / chunks * chunk; }
-  int64_t most_rows() const { return at::divup(rows, tiles); }
+  int64_t most_rows() const {
+    const int64_t most = at::divup(rows, tiles);
+    return rows < 2 * kRowBlock * tiles ? most : round_up(most, kRowBlock);
+  }
 
   template <class F>
   void for_chunks(F f) const {
@@ -102,11 +117,6 @@ struct Partition {
     });
   }
 };
-
-// Rows of a product are padded to a multiple of 4, which bounds the number of micro-kernels that get generated.
-inline int64_t padded_rows(int64_t rows) {
-  return round_up(rows, 4);
-}
 
 constexpr int64_t kAlignment = 64;
 
@@ -178,10 +188,6 @@ class PackedWeights {
   at::Tensor memory_;
   const uint32_t* words_;
 };
-
-// Rows of a tile: what a tile needs stays in a core's second-level cache, and a product is long enough to pay for reading
-// the weights.
-constexpr int64_t kTileRows = 96;
 
 struct ForwardResult {
   at::Tensor out, inner, stream, statistics;

@@ -20,11 +20,11 @@ class WeightGradient {
   WeightGradient(const Shape& shape, const Partition& partition, int64_t tile_rows, Scratch& scratch,
                  const at::Tensor& gradient);
 
-  // Where the operand `a` of a tile is to be written, `tile_rows` rows of stride Shape::operand_stride().
-  RowsOut operand(int64_t layer, int64_t chunk, int64_t tile) const;
+  // Computes the operand `a` of a tile, to where `add` finds it: fp32 in rows, bf16 in pairs of rows.
+  void make_operand(int64_t layer, int64_t chunk, int64_t tile, Prologue p) const;
 
-  // First half, in chunk's own thread: takes a tile's dy and the `a` that was written to operand(). Rows behind the
-  // tile's own must be zero in both.
+  // First half, in chunk's own thread: takes a tile's dy beside the `a` that was made before. Rows of dy behind the
+  // tile's own must be zero.
   void add(int64_t layer, int64_t chunk, int64_t tile, const char* dy) const;
 
   // Second half, once every chunk has added its tiles: this chunk's share of the gradient of `layer`.
@@ -34,6 +34,8 @@ class WeightGradient {
   void add_threads(int64_t layer, int64_t chunk) const;
   void multiply_columns(int64_t layer, int64_t chunk) const;
 
+  int64_t right_stride() const { return s_.padded() + 16; }  // words; off the powers of two
+  RowsOut operand(int64_t layer, int64_t chunk, int64_t tile) const;
   char* copy(int64_t offset, int64_t bytes, int64_t index) const { return scratch_.get<char>(offset + bytes * index); }
   float* accumulator(int64_t layer, int64_t chunk) const;
   float* gradient(int64_t layer) const { return gradient_.data_ptr<float>() + s_.weights_before(layer); }
@@ -46,8 +48,8 @@ class WeightGradient {
   const at::Tensor gradient_;
   const Kernels& k_;
   int64_t right_rows_, left_words_;  // rows of the right operand, words in a row of the left one
-  int64_t operand_bytes_, left_bytes_, pairs_bytes_, result_bytes_;
-  int64_t operands_, lefts_, pairs_, results_;
+  int64_t operand_bytes_, left_bytes_, result_bytes_;
+  int64_t operands_, lefts_, results_;
 };
 
 }  // namespace rvae::cpu::stack
