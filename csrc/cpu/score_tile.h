@@ -61,10 +61,10 @@ void score_product(Kind kind, int64_t rows, int64_t reduced, const void* operand
 // Whether this process is a fork's child: OpenMP's threads are gone, its next parallel region would wait for them for ever.
 bool is_forked();
 
-// As Partition::for_chunks; a forked child does all by itself.
+// As Partition::for_chunks; a forked child does all by itself, and one chunk may use threads of its own.
 template <class F>
 void for_chunks(const Partition& part, F f) {
-  if (!is_forked()) return part.for_chunks(f);
+  if (part.chunks > 1 && !is_forked()) return part.for_chunks(f);
   for (int64_t chunk = 0; chunk < part.chunks; ++chunk) f(chunk);
 }
 
@@ -88,15 +88,29 @@ struct Taps {
   int64_t ld;
 };
 
-// What one thread needs for a tile.
+// A handful of rows costs what reading the weights costs. So the threads share the columns of a layer, if its weights are large enough to
+// pay for waking them twice over (some 3 us, in which a core reads 64 KB).
+constexpr int64_t kSharedRows = 16, kSharedBytes = int64_t{1} << 17;
+
+inline bool shares_columns(const Network& n, int64_t rows) {
+  if (rows > kSharedRows || is_forked() || at::in_parallel_region() || at::get_num_threads() == 1) return false;
+  for (int64_t s = 1; s < n.steps; ++s) {
+    if (n.field(s, kIn) * n.field(s, kOut) * size_of(n.kind) >= kSharedBytes) return true;
+  }
+  return false;
+}
+
+// What one thread needs for a tile; with `threads`, what they need together.
 class Tile {
  public:
-  Tile(const Network& network, int64_t most_rows) : n_(network) {
+  Tile(const Network& network, int64_t most_rows, int64_t threads = 1) : n_(network), threads_(threads) {
     const int64_t rows = round_up(most_rows, kRowBlock);
     stride_ = n_.stride();
     for (auto& offset : operands_) offset = scratch_.add(rows * stride_ * size_of(n_.kind));
     stream_ = scratch_.add(rows * stride_ * 4);
-    strip_ = scratch_.add(rows * kPanel * 4);
+    strip_bytes_ = rows * kPanel * 4;
+    strip_ = scratch_.add(threads_ * strip_bytes_);
+    errors_ = scratch_.add(threads_ == 1 ? 0 : at::divup(n_.in_features, kPanel) * rows * 4);
     code_ = scratch_.add(rows * stride_ * 4);
     scratch_.allocate();
     // Rows that pad a tile take part in products: let them be numbers.
@@ -107,9 +121,15 @@ class Tile {
   void run_products(int64_t rows) {
     for (int64_t s = 1; s < n_.steps; ++s) {
       const int64_t in = n_.field(s, kIn), reduced = product_terms(in, n_.kind);
-      for (int64_t panel = 0; panel * kPanel < n_.field(s, kOut); ++panel) {
+      const auto product = [&](int64_t panel, float* strip, float*) {
         score_product(n_.kind, rows, reduced, scratch_.get<char>(operands_[(s + 1) % 2]), stride_,
-                n_.weights + n_.field(s, kWeight) + panel * panel_words(in, n_.kind), scratch_.get<float>(strip_));
+                      n_.weights + n_.field(s, kWeight) + panel * panel_words(in, n_.kind), strip);
+      };
+      const int64_t panels = at::divup(n_.field(s, kOut), kPanel);
+      if (threads_ > 1 && in * n_.field(s, kOut) * size_of(n_.kind) >= kSharedBytes) {
+        share(panels, rows, nullptr, product);
+      } else {
+        for (int64_t panel = 0; panel < panels; ++panel) product(panel, scratch_.get<float>(strip_), nullptr);
       }
     }
   }
@@ -136,35 +156,35 @@ class Tile {
     const int64_t reduced = product_terms(in, n_.kind);
     const char* operand = scratch_.get<char>(operands_[(s + 1) % 2]);
     char* next = scratch_.get<char>(operands_[s % 2]);
-    float* strip = scratch_.get<float>(strip_);
     float* code = scratch_.get<float>(code_);
-    ScoreStep p{};
-    p.rows = rows;
-    p.strip = strip;
-    p.ld_stream = stride_;
-    p.add_stream = n_.field(s, kAddStream) != 0;
-    p.activate_first = n_.field(s, kActivateFirst) != 0;
-    p.store_stream = n_.field(s, kStoreStream) != 0;
-    p.activate_last = n_.field(s, kActivateLast) != 0;
+    ScoreStep whole{};
+    whole.rows = rows;
+    whole.ld_stream = stride_;
+    whole.add_stream = n_.field(s, kAddStream) != 0;
+    whole.activate_first = n_.field(s, kActivateFirst) != 0;
+    whole.store_stream = n_.field(s, kStoreStream) != 0;
+    whole.activate_last = n_.field(s, kActivateLast) != 0;
     const Tap tap = taps == nullptr ? Tap{} : taps->of_step[s], value = values == nullptr ? Tap{} : values->of_step[s];
-    const auto keep = [&](const Taps& of, const Tap& own, int64_t column, const float* bias) {
+    const auto keep = [&](const float* strip, const Taps& of, const Tap& own, int64_t column, const float* bias) {
       const int64_t columns = std::min(kPanel, own.width - column);
       for (int64_t r = 0; r < rows && columns > 0; ++r) {
         float* const to = of.to + r * of.ld + own.column + column;
         for (int64_t c = 0; c < columns; ++c) to[c] = strip[r * kPanel + c] + (bias == nullptr ? 0.0f : bias[c]);
       }
     };
-    p.store_strip = last || is_code || (tap.column >= 0 && !tap.before) || value.column >= 0;
-    p.activation = n_.activation;
-    p.slope = n_.slope;
-    p.ld_operand = stride_;
+    whole.store_strip = last || is_code || (tap.column >= 0 && !tap.before) || value.column >= 0;
+    whole.activation = n_.activation;
+    whole.slope = n_.slope;
+    whole.ld_operand = stride_;
     const auto at = [](const float* vector, int64_t column) { return vector == nullptr ? nullptr : vector + column; };
-    for (int64_t column = 0; column < width; column += kPanel) {
-      const int64_t columns = std::min(kPanel, width - column);
+    const auto panel_step = [&](int64_t index, float* strip, float* error) {
+      const int64_t column = index * kPanel, columns = std::min(kPanel, width - column);
+      ScoreStep p = whole;
+      p.strip = strip;
       if (loads) {
         k.load_strip({x + column, Kind::f32}, rows, columns, width, strip);
       } else {
-        const uint32_t* panel = n_.weights + n_.field(s, kWeight) + column / kPanel * panel_words(in, n_.kind);
+        const uint32_t* panel = n_.weights + n_.field(s, kWeight) + index * panel_words(in, n_.kind);
         score_product(n_.kind, rows, reduced, operand, stride_, panel, strip);
       }
       p.bias = at(n_.vector(s, kBias), column);
@@ -172,20 +192,43 @@ class Tile {
       p.shift = at(n_.vector(s, kShift), column);
       p.stream = scratch_.get<float>(stream_) + column;
       p.operand = {last ? nullptr : next + column * size_of(n_.kind), n_.kind};
-      if (tap.column >= 0 && tap.before) keep(*taps, tap, column, p.bias);
+      if (tap.column >= 0 && tap.before) keep(strip, *taps, tap, column, p.bias);
       k.score_step(p);
-      if (tap.column >= 0 && !tap.before) keep(*taps, tap, column, nullptr);
-      if (value.column >= 0) keep(*values, value, column, nullptr);
+      if (tap.column >= 0 && !tap.before) keep(strip, *taps, tap, column, nullptr);
+      if (value.column >= 0) keep(strip, *values, value, column, nullptr);
       if (is_code) {
         for (int64_t r = 0; r < rows; ++r) std::memcpy(code + r * stride_ + column, strip + r * kPanel, columns * 4);
       }
       if (last) {
         const auto place = [&](float* m) { return m == nullptr ? nullptr : m + column; };
-        k.score_error({rows, columns, width, strip, x + column, n_.likelihood, out.error, place(out.feature_error),
+        k.score_error({rows, columns, width, strip, x + column, n_.likelihood, error, place(out.feature_error),
                        place(out.reconstruction)});
       }
+    };
+    const int64_t panels = at::divup(width, kPanel);
+    if (threads_ == 1 || loads || in * width * size_of(n_.kind) < kSharedBytes) {
+      for (int64_t i = 0; i < panels; ++i) panel_step(i, scratch_.get<float>(strip_), out.error);
+    } else {
+      share(panels, rows, last ? out.error : nullptr, panel_step);
     }
     if (is_code) read_code(code, rows, out);
+  }
+
+  // A layer's panels among the threads. The errors of each are added up afterwards, in the order in which one thread adds them.
+  template <class F>
+  void share(int64_t panels, int64_t rows, float* error, F panel_step) {
+    float* const errors = scratch_.get<float>(errors_);
+    if (error != nullptr) std::memset(errors, 0, static_cast<size_t>(panels * rows) * 4);
+    at::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        float* const strip = scratch_.get<float>(strip_ + thread * strip_bytes_);
+        for (int64_t i = panels * thread / threads_; i < panels * (thread + 1) / threads_; ++i) panel_step(i, strip, errors + i * rows);
+      }
+      release_products(n_.kind);
+    });
+    for (int64_t i = 0; error != nullptr && i < panels; ++i) {
+      for (int64_t r = 0; r < rows; ++r) error[r] += errors[i * rows + r];
+    }
   }
 
   // The log variance is bounded as in rvae_fast.models.Autoencoder._encode.
@@ -207,7 +250,8 @@ class Tile {
 
   const Network& n_;
   Scratch scratch_;
-  int64_t stride_, operands_[2], stream_, strip_, code_;
+  const int64_t threads_;
+  int64_t stride_, strip_bytes_, operands_[2], stream_, strip_, errors_, code_;
 };
 
 }  // namespace rvae::cpu::stack

@@ -33,12 +33,13 @@ std::vector<at::Tensor> score(const at::Tensor& x, const at::Tensor& program, co
   const at::Tensor code = make(want_latent, latent), reconstruction = make(want_reconstruction, n.in_features),
                    feature_error = make(want_feature_error, n.in_features);
   if (count > 0) {
-    const Partition part(count, n.tile_rows(), n.row_work());
+    const bool shared = shares_columns(n, count);
+    const Partition part(count, n.tile_rows(), shared ? 0 : n.row_work());
     const auto at_row = [](const at::Tensor& t, bool wanted, int64_t row, int64_t columns) {
       return wanted ? t.data_ptr<float>() + row * columns : nullptr;
     };
     for_chunks(part, [&](int64_t chunk) {
-      Tile tile(n, round_up(part.most_rows(), 4));
+      Tile tile(n, part.most_rows(), shared ? at::get_num_threads() : 1);
       for (int64_t t = part.first_tile(chunk); t < part.first_tile(chunk + 1); ++t) {
         const int64_t row = part.begin(t);
         tile.run(rows.const_data_ptr<float>() + row * n.in_features, part.count(t),
@@ -59,9 +60,10 @@ void score_products(const at::Tensor& program, const at::Tensor& weights, int64_
   n.steps = program.size(0);
   n.weights = reinterpret_cast<const uint32_t*>(weights.const_data_ptr<int32_t>());
   n.kind = bf16 ? Kind::bf16 : Kind::f32;
-  const Partition part(rows, n.tile_rows(), n.row_work());
+  const bool shared = shares_columns(n, rows);
+  const Partition part(rows, n.tile_rows(), shared ? 0 : n.row_work());
   for_chunks(part, [&](int64_t chunk) {
-    Tile tile(n, round_up(part.most_rows(), 4));
+    Tile tile(n, part.most_rows(), shared ? at::get_num_threads() : 1);
     for (int64_t t = part.first_tile(chunk); t < part.first_tile(chunk + 1); ++t) tile.run_products(part.count(t));
     release_products(n.kind);
   });
