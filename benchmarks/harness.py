@@ -185,9 +185,15 @@ def _cpu_name() -> str:
     return f"{keys.get('model name', platform.machine())} (family {keys.get('cpu family')}, model {keys.get('model')})"
 
 
+def kind(device: torch.device) -> str:
+    """``cuda``, ``cpu-amx`` or ``cpu``: bf16 is another matter where the CPU multiplies tiles, so both are kept."""
+    has_amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return "cpu-amx" if has_amx else device.type
+
+
 def save(name: str, comparisons: Sequence[Comparison], device: torch.device) -> Path:
-    """Write a suite's record to ``results/NAME-DEVICE.json``."""
-    path = RESULTS / f"{name}-{device.type}.json"
+    """Write a suite's record to ``results/NAME-KIND.json``."""
+    path = RESULTS / f"{name}-{kind(device)}.json"
     cases = [asdict(c) for c in comparisons]
     if path.exists():  # a suite may be run case by case: what was not run again stays, with the facts of its own run
         old = json.loads(path.read_text())

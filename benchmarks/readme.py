@@ -1,7 +1,7 @@
 """Draw the README's table of speeds and its plot anew from the recorded results: ``python benchmarks/readme.py``.
 
-What stands between the two markers in README.md is replaced; ``docs/results/score-cpu.svg`` is written. Nothing is
-measured here.
+What stands between the two markers in README.md is replaced; ``docs/results/score-KIND.svg`` is written for each kind
+of CPU that has a record (``harness.kind``). Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from harness import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->", "<!-- /speed -->"
-PLOT = ROOT / "docs" / "results" / "score-cpu.svg"
+KINDS = {"cpu-amx": "On a CPU with AMX", "cpu": "On a CPU without AMX"}
 OURS = ("rvae_fast fp32", "rvae_fast bf16")
 
 
-def load(suite: str) -> list[dict[str, Any]]:
+def load(suite: str, kind: str) -> list[dict[str, Any]]:
     """A suite's comparisons, each with the facts of the run it was made in; empty where it was never recorded."""
-    path = RESULTS / f"{suite}-cpu.json"
+    path = RESULTS / f"{suite}-{kind}.json"
     if not path.exists():
         return []
     record = json.loads(path.read_text())
@@ -66,11 +66,11 @@ def deepest(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=by_workload)
 
 
-def score_tables() -> list[str]:
+def score_tables(kind: str) -> list[str]:
     lines: list[str] = []
     header = ["ms", *OURS, "eager fp32", "eager bf16", "best torch.compile", "ONNX Runtime", "floor fp32", "floor bf16"]
     for title, one_row in (("Scoring a batch", False), ("Scoring one row", True)):
-        found = [c for c in load("score") if (c["case"]["batch"] == 1) == one_row]
+        found = [c for c in load("score", kind) if (c["case"]["batch"] == 1) == one_row]
         rows = []
         for c in deepest(found):
             times = medians(c)
@@ -90,9 +90,9 @@ def score_tables() -> list[str]:
     return lines
 
 
-def training_table() -> list[str]:
+def training_table(kind: str) -> list[str]:
     """Ours in each dtype beside eager, torch.compile and the products of that dtype, layers as run."""
-    found = sorted(deepest(load("train")), key=lambda c: (by_workload(c), c["case"]["dtype"] == "bf16"))
+    found = sorted(deepest(load("train", kind)), key=lambda c: (by_workload(c), c["case"]["dtype"] == "bf16"))
     rows = []
     for c in found:
         case, times = c["case"], medians(c)
@@ -105,8 +105,8 @@ def training_table() -> list[str]:
     return ["", f"One training step ({where(found[-1])}):", "", *markdown(header, rows)]
 
 
-def detector_table() -> list[str]:
-    found = load("detector")
+def detector_table(kind: str) -> list[str]:
+    found = load("detector", kind)
     if not found:
         return []
     rows = []
@@ -122,8 +122,8 @@ def detector_table() -> list[str]:
     return ["", title, "", *markdown(["ms", "ours", "PyOD", "ours is faster by"], rows)]
 
 
-def memory_table() -> list[str]:
-    found = load("memory")
+def memory_table(kind: str) -> list[str]:
+    found = load("memory", kind)
     if not found:
         return []
     rows = []
@@ -135,7 +135,7 @@ def memory_table() -> list[str]:
     return ["", title, "", *markdown(["MB", "rvae_fast", "eager", "share"], rows)]
 
 
-def draw() -> None:
+def draw(kind: str) -> None:
     """A bar an implementation, a panel a workload; one axis each, from zero."""
     import matplotlib as mpl
 
@@ -143,7 +143,7 @@ def draw() -> None:
     mpl.rcParams["svg.hashsalt"] = "rvae-fast"  # the same results give the same file
     from matplotlib import pyplot as plt
 
-    found = deepest([c for c in load("score") if c["case"]["batch"] > 1])
+    found = deepest([c for c in load("score", kind) if c["case"]["batch"] > 1])
     figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), squeeze=False)
     for axis, c in zip(axes[0], found, strict=True):
         times = {n: ms for n, ms in medians(c).items() if not n.startswith(("products", "brgemm"))}
@@ -163,8 +163,7 @@ def draw() -> None:
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=2, fontsize=8, frameon=False)
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOT, metadata={"Date": None})
+    figure.savefig(ROOT / "docs" / "results" / f"score-{kind}.svg", metadata={"Date": None})
 
 
 def main() -> None:
@@ -174,9 +173,14 @@ def main() -> None:
         raise SystemExit(f"README.md has no place for the table: {BEGIN} ... {END}")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    lines = [*score_tables(), *training_table(), *detector_table(), *memory_table()]
+    lines: list[str] = []
+    for kind, title in KINDS.items():
+        tables = [*score_tables(kind), *training_table(kind), *detector_table(kind), *memory_table(kind)]
+        if tables:
+            picture = f"![Times of scoring a batch, by implementation](docs/results/score-{kind}.svg)"
+            lines += ["", f"### {title}", *tables, "", picture]
+            draw(kind)
     readme.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after)
-    draw()
 
 
 if __name__ == "__main__":

@@ -113,9 +113,7 @@ void score_error_rows(const ScoreError& p, Term term) {
       if (p.feature_error != nullptr) store(p.feature_error + r * p.width + c, e, lanes);
       sum += e;
     });
-    float total = 0.0f;
-    for (int i = 0; i < kLanes; ++i) total += sum[i];
-    p.error[r] += total;
+    p.error[r] += total(sum);
   }
 }
 

@@ -143,6 +143,26 @@ RVAE_INLINE vf as_stored<uint16_t>(vf x) {
   return widen(narrow(x));
 }
 
+// Whether a comparison holds in any lane.
+RVAE_INLINE bool any(vi holds) {
+  int32_t found = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) found |= holds[i];
+  return found != 0;
+}
+
+// The sum of all lanes, by halves.
+RVAE_INLINE float total(vf x) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &x, sizeof(x));
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
 template <class F>
 RVAE_INLINE void for_columns(int64_t width, F f) {
   int64_t c = 0;

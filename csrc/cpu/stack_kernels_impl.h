@@ -193,8 +193,8 @@ RVAE_INLINE void for_panel(int64_t columns, F f) {
   }
 }
 
-// The column moments of a tile in one pass, about a value near its mean: that of the tile's first rows. What is left of the cancellation is
-// (mean - pivot)^2 beside the variance, and by a pivot that is the mean of k of the tile's n rows that is at most n / k.
+// The column moments of a tile in one pass, about a value that is likely near its mean: that of the tile's first rows. Where it is not, which
+// shows in (mean - pivot)^2 beside the variance, a second pass takes them about the mean.
 template <class Residual, class Out, bool Moments>
 void epilogue_rows(const Epilogue& p) {
   constexpr int64_t kPivotRows = 8;
@@ -240,6 +240,25 @@ void epilogue_rows(const Epilogue& p) {
   columns == kPanel ? pass(Count<1>{}) : pass(Count<0>{});
   if constexpr (Moments) {
     const float share = 1.0f / static_cast<float>(rows);
+    constexpr float kFar = 2.0f;
+    bool far = false;
+    for (int v = 0; v < kVectors; ++v) far |= any(sum[v] * sum[v] * share > (squares[v] - sum[v] * sum[v] * share) * kFar);
+    if (far) {
+      for (int v = 0; v < kVectors; ++v) pivot[v] += sum[v] * share, sum[v] = squares[v] = vf{};
+      for (int64_t r = 0; r < rows; ++r) {
+        for_panel(columns, [&](int v, int c, auto lanes) {
+          vf y;
+          if constexpr (present<Out>) {
+            y = load(out + r * width + c, lanes);  // the residual may be overwritten by now
+          } else {
+            y = value(r, v, c, lanes);
+          }
+          const vf d = y - pivot[v];
+          sum[v] += d;
+          squares[v] += d * d;
+        });
+      }
+    }
     for (int v = 0; v < kVectors; ++v) {
       const vf shift = sum[v] * share;
       const vf m2 = squares[v] - sum[v] * shift;
@@ -404,7 +423,9 @@ void load_strip(Rows source, int64_t rows, int64_t columns, int64_t width, float
   with_elements(source.kind, source.kind, [&](auto element, auto) {
     using T = typename decltype(element)::type;
     for (int64_t r = 0; r < rows; ++r) {
-      for (int v = 0; v < kVectors; ++v) store(strip + r * kPanel + v * kLanes, vf{}, Full{});
+      if (columns != kPanel) {
+        for (int v = 0; v < kVectors; ++v) store(strip + r * kPanel + v * kLanes, vf{}, Full{});
+      }
       for_panel(columns, [&](int, int c, auto lanes) {
         store(strip + r * kPanel + c, load(row<T>(source, r, width) + c, lanes), Full{});
       });

@@ -141,3 +141,16 @@ def test_variance_of_columns_far_from_zero(rows: int, ratio: float) -> None:
     stack = ResidualStack(33, 1, layers=1, momentum=1.0)
     stack(x)
     torch.testing.assert_close(norms(stack)[0].running_var.double(), x.double().var(0), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("outliers", [[0], [0, 1, 2, 3, 4, 5, 6, 7], [3, 149], [96]])
+@pytest.mark.parametrize("size", [10.0, 1e3, 1e6])
+def test_variance_with_outliers_among_a_tile_s_first_rows(size: float, outliers: list[int]) -> None:
+    """A tile's moments are taken about the mean of its first rows."""
+    x = torch.randn(150, 33) + 100
+    x[outliers] += size
+    stack = ResidualStack(33, 1, layers=1, momentum=1.0)
+    stack(x)
+    torch.testing.assert_close(norms(stack)[0].running_var.double(), x.double().var(0), rtol=3e-6, atol=0)
+    off = norms(stack)[0].running_mean.double() - x.double().mean(0)
+    assert (off.abs() <= 2e-7 * x.double().mean(0).abs() + 1e-6 * x.double().std(0)).all()
