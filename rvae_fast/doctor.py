@@ -139,7 +139,7 @@ def _native_module(report: Diagnosis) -> None:
     report.add("native module", "compiled for", f"baseline {info.get('isa_compiled', '')}")
     if info["loaded"]:
         report.add("native module", "this CPU has", " ".join(info["isa_cpu"]) or "baseline only")
-        _kernels(report)
+        _kernels(report, info)
     cuda = info.get("cuda")
     report.add(
         "native module",
@@ -149,7 +149,7 @@ def _native_module(report: Diagnosis) -> None:
     )
 
 
-def _kernels(report: Diagnosis) -> None:
+def _kernels(report: Diagnosis, info: dict[str, Any]) -> None:
     """Which instruction set the CPU kernels use, after ``RVAE_FAST_CPU_ISA``, and whether products in bf16 run."""
     import torch
 
@@ -157,10 +157,12 @@ def _kernels(report: Diagnosis) -> None:
     isa = torch.ops.rvae_fast.cpu_kernel_isa()
     report.add("native module", "CPU kernels use", isa + (f" (RVAE_FAST_CPU_ISA={capped})" if capped else ""), "ok")
     bf16 = torch.ops.rvae_fast.cpu_has_bf16_products()
+    amx = "amx" in info["isa_cpu"] and "amx" in info.get("isa_compiled", "").split()
+    yes = "yes, on AMX" if amx else "yes"
     report.add(
         "native module",
         "bf16 products",
-        "yes" if bf16 else "no: they need AVX512_BF16 or AMX, and PyTorch's micro-kernels for it",
+        yes if bf16 else "no: they need AVX512_BF16 or AMX, and PyTorch's micro-kernels for it",
         "ok" if bf16 else "off",
     )
 

@@ -44,8 +44,10 @@ struct Network {
     for (int64_t s = 0; s < steps; ++s) widest = std::max(widest, field(s, kOut));
     return round_up(widest, kPanel) + 32;
   }
-  // Two operands and the stream of a tile.
-  int64_t tile_rows() const { return stack::tile_rows(kind, 8 * stride(), 256); }
+  // Two operands and the stream of a tile. In fp32 it is the weights, twice as large, that had better be read less often.
+  int64_t tile_rows() const {
+    return stack::tile_rows((2 * size_of(kind) + 4) * stride(), kind == Kind::f32 ? int64_t{1} << 21 : int64_t{1} << 20, 352);
+  }
   const float* vector(int64_t step, Field f) const { return field(step, f) < 0 ? nullptr : vectors + field(step, f); }
 };
 

@@ -8,9 +8,9 @@ void Scratch::allocate() {
   base_ = reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
 }
 
-int64_t tile_rows(Kind compute, int64_t bytes_of_row, int64_t most) {
-  if (compute == Kind::f32 || !uses_amx()) return kTileRows;
-  return std::clamp(((int64_t{1} << 20) / bytes_of_row) / kRowBlock * kRowBlock, kTileRows, most);
+int64_t tile_rows(int64_t bytes_of_row, int64_t bytes, int64_t most) {
+  if (!uses_amx()) return kTileRows;
+  return std::clamp(bytes / bytes_of_row / kRowBlock * kRowBlock, kTileRows, most);
 }
 
 Norm NormVectors::set(const float* statistics, int64_t width, int64_t padded_width, const float* gamma, const float* beta) {

@@ -18,10 +18,10 @@
 namespace rvae::cpu::stack {
 
 // Rows of a tile: what a tile needs stays in a core's second-level cache, and a product is long enough to pay for reading
-// the weights. AMX is done with its product so much sooner that the tiles are higher there, as far as `bytes_of_row` lets them stay in
-// that cache (2 MiB on every CPU that has AMX).
+// the weights. CPUs with AMX are done with a product so much sooner, and have so much of that cache (2 MiB), that higher tiles pay there:
+// up to `most` rows, as far as they take no more than `bytes`.
 constexpr int64_t kTileRows = 96;
-int64_t tile_rows(Kind compute, int64_t bytes_of_row, int64_t most);
+int64_t tile_rows(int64_t bytes_of_row, int64_t bytes, int64_t most);
 
 enum class Order : int { pre = 0, post = 1, plain = 2 };
 
@@ -77,7 +77,9 @@ struct Shape {
     return sum;
   }
   // A layer's backward pass has five operands of a tile.
-  int64_t tile_rows() const { return stack::tile_rows(compute, 5 * 2 * operand_stride(), 192); }
+  int64_t tile_rows() const {
+    return compute == Kind::f32 ? kTileRows : stack::tile_rows(5 * 2 * operand_stride(), int64_t{1} << 20, 192);
+  }
   // Multiplications that a row takes in a layer, in the mean.
   int64_t row_work() const { return weights_before(layers) / layers; }
 };

@@ -27,6 +27,8 @@ def test_the_instruction_set_in_use_is_named(native: object):
     assert facts["CPU kernels use"]["value"].split()[0] in ("portable", "avx2", "avx512", "avx512bf16")
     bf16 = torch.ops.rvae_fast.cpu_has_bf16_products()
     assert facts["bf16 products"]["value"].startswith("yes" if bf16 else "no")
+    amx = all("amx" in facts[name]["value"].split() for name in ("compiled for", "this CPU has"))
+    assert ("on AMX" in facts["bf16 products"]["value"]) == (bf16 and amx)
 
 
 def test_a_missing_extra_names_its_remedy_and_a_missing_requirement_is_a_problem(monkeypatch: pytest.MonkeyPatch):
