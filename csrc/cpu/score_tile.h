@@ -38,6 +38,7 @@ struct Network {
     for (int64_t s = 1; s < steps; ++s) sum += field(s, kIn) * field(s, kOut);
     return sum;
   }
+  int64_t weight_bytes(int64_t step) const { return field(step, kIn) * field(step, kOut) * size_of(kind); }
   // Values between the rows of a tile's matrices: off the powers of two.
   int64_t stride() const {
     int64_t widest = 0;
@@ -90,14 +91,14 @@ struct Taps {
   int64_t ld;
 };
 
-// A handful of rows costs what reading the weights costs. So the threads share the columns of a layer, if its weights are large enough to
-// pay for waking them twice over (some 3 us, in which a core reads 64 KB).
-constexpr int64_t kSharedRows = 16, kSharedBytes = int64_t{1} << 17;
+// A handful of rows costs what reading the weights costs. So threads share the columns of a layer, as many as have so much to read that it pays
+// for waking them (some 3 us, in which a core reads 64 KB).
+constexpr int64_t kSharedRows = 16, kBytesOfThread = int64_t{1} << 16;
 
 inline bool shares_columns(const Network& n, int64_t rows) {
   if (rows > kSharedRows || is_forked() || at::in_parallel_region() || at::get_num_threads() == 1) return false;
   for (int64_t s = 1; s < n.steps; ++s) {
-    if (n.field(s, kIn) * n.field(s, kOut) * size_of(n.kind) >= kSharedBytes) return true;
+    if (n.weight_bytes(s) >= 2 * kBytesOfThread) return true;
   }
   return false;
 }
@@ -127,12 +128,7 @@ class Tile {
         score_product(n_.kind, rows, reduced, scratch_.get<char>(operands_[(s + 1) % 2]), stride_,
                       n_.weights + n_.field(s, kWeight) + panel * panel_words(in, n_.kind), strip);
       };
-      const int64_t panels = at::divup(n_.field(s, kOut), kPanel);
-      if (threads_ > 1 && in * n_.field(s, kOut) * size_of(n_.kind) >= kSharedBytes) {
-        share(panels, rows, nullptr, product);
-      } else {
-        for (int64_t panel = 0; panel < panels; ++panel) product(panel, scratch_.get<float>(strip_), nullptr);
-      }
+      for_panels(s, rows, nullptr, product);
     }
   }
 
@@ -207,24 +203,26 @@ class Tile {
                        place(out.reconstruction)});
       }
     };
-    const int64_t panels = at::divup(width, kPanel);
-    if (threads_ == 1 || loads || in * width * size_of(n_.kind) < kSharedBytes) {
-      for (int64_t i = 0; i < panels; ++i) panel_step(i, scratch_.get<float>(strip_), out.error);
-    } else {
-      share(panels, rows, last ? out.error : nullptr, panel_step);
-    }
+    for_panels(s, rows, last ? out.error : nullptr, panel_step);
     if (is_code) read_code(code, rows, out);
   }
 
-  // A layer's panels among the threads. The errors of each are added up afterwards, in the order in which one thread adds them.
+  // Calls f(panel, strip, error) for a step's panels. Where threads share them, the errors of each are added up afterwards, in the order in which
+  // one thread adds them.
   template <class F>
-  void share(int64_t panels, int64_t rows, float* error, F panel_step) {
+  void for_panels(int64_t s, int64_t rows, float* error, F panel_step) {
+    const int64_t panels = at::divup(n_.field(s, kOut), kPanel);
+    const int64_t threads = n_.field(s, kWeight) < 0 ? 1 : std::min({threads_, panels, n_.weight_bytes(s) / kBytesOfThread});
+    if (threads <= 1) {
+      for (int64_t i = 0; i < panels; ++i) panel_step(i, scratch_.get<float>(strip_), error);
+      return;
+    }
     float* const errors = scratch_.get<float>(errors_);
     if (error != nullptr) std::memset(errors, 0, static_cast<size_t>(panels * rows) * 4);
-    at::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         float* const strip = scratch_.get<float>(strip_ + thread * strip_bytes_);
-        for (int64_t i = panels * thread / threads_; i < panels * (thread + 1) / threads_; ++i) panel_step(i, strip, errors + i * rows);
+        for (int64_t i = panels * thread / threads; i < panels * (thread + 1) / threads; ++i) panel_step(i, strip, errors + i * rows);
       }
       release_products(n_.kind);
     });
