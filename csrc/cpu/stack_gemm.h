@@ -22,8 +22,9 @@ inline int64_t words(int64_t n, Kind kind) {
   return kind == Kind::f32 ? n : (n + 1) / 2;
 }
 
-// What the rows and the terms of a product are rounded up to. AMX takes blocks of 16 rows by 32 terms. (torch's micro-kernels take remainders,
-// and configure the tiles anew for them: 96 rows by 258 terms take 3.4 times as long as by 256.) Elsewhere multiples of 4 rows bound the number of micro-kernels that get generated, and bf16 comes in pairs.
+// What the rows and the terms of a product are rounded up to. AMX takes blocks of 16 rows by 32 terms. (torch's micro-kernels take
+// remainders, and configure the tiles anew for them: 96 rows by 258 terms take 3.4 times as long as by 256.) Elsewhere multiples of 4
+// rows bound the number of micro-kernels that get generated, and bf16 comes in pairs.
 int64_t product_rows(int64_t rows, Kind kind);
 int64_t product_terms(int64_t terms, Kind kind);
 
